@@ -1,0 +1,159 @@
+"""Sections of the sandbox benchmark: many clones, what they hold while they wait, and what they leave."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+
+from rollout.commands.bench_engine import STAY, Bench
+from rollout.commands.bench_rival import private_mib
+from rollout.commands.bench_row import BenchRow, Rival, at_most
+from rollout.sandbox.base import Sandbox
+
+__all__ = ["clones_at_once", "cycles", "idle_cpu", "idle_memory", "live_at_once"]
+
+
+async def idle_memory(bench: Bench, clones: int = 8) -> AsyncIterator[BenchRow]:
+    """Private memory of idle clones, as the kernel counts it for their processes.
+
+    An engine whose sandboxes have a `pid` is measured clone by clone; otherwise all processes that came with
+    the clones are taken together.
+    """
+    name, unit = "private memory of an idle clone", "MiB"
+    before = _descendants()
+    sandboxes = await bench.engine.fork(bench.root, clones)
+    try:
+        for sandbox in sandboxes:
+            await sandbox.call("ping")
+        pids = [pid for sandbox in sandboxes if isinstance(pid := getattr(sandbox, "pid", None), int)]
+        if pids:
+            found = [private_mib(pid) for pid in pids]
+        else:
+            new = _descendants() - before
+            found = [sum(private_mib(pid) for pid in new) / clones] if new else []
+    except OSError as error:
+        yield BenchRow.absent(name, unit, f"a process ended meanwhile: {error}", subject=bench.kind)
+        return
+    finally:
+        await asyncio.gather(*(sandbox.kill() for sandbox in sandboxes))
+    if not found:
+        yield BenchRow.absent(name, unit, "the clones have no processes of their own", subject=bench.kind)
+        return
+    rival = Rival("idle child of a bare os.fork", bench.rivals.bare.private_mib)
+    yield BenchRow.of(name, found, unit, subject=bench.kind, rivals=[rival], note=f"{clones} clones at once")
+
+
+async def idle_cpu(bench: Bench, idle_s: float = 2.0) -> AsyncIterator[BenchRow]:
+    """Processor time of a sandbox that nobody calls, in percent of one core."""
+    name = "CPU of an idle sandbox"
+    async with await bench.clone() as sandbox:
+        await sandbox.call("ping")
+        pid: object = getattr(sandbox, "pid", None)
+        if not isinstance(pid, int):
+            yield BenchRow.absent(
+                name, "%", "the sandbox does not say which process it is", subject=bench.kind
+            )
+            return
+        process = psutil.Process(pid)
+        await asyncio.sleep(0.5)  # whatever still settles after the call
+        before = process.cpu_times()
+        await asyncio.sleep(idle_s)
+        after = process.cpu_times()
+        spent_s = after.user + after.system - before.user - before.system
+        yield BenchRow.of(
+            name,
+            [round(100 * spent_s / idle_s, 2)],
+            "%",
+            subject=bench.kind,
+            note="the kernel counts in 10 ms",
+        )
+
+
+async def clones_at_once(bench: Bench, clones: int = 100) -> AsyncIterator[BenchRow]:
+    """One call that forks many, until every one of them has answered."""
+    seconds: list[float] = []
+    for _ in range(3):
+        start_s = time.perf_counter()
+        sandboxes = await bench.engine.fork(bench.root, clones)
+        try:
+            await asyncio.gather(*(sandbox.call("ping") for sandbox in sandboxes))
+            seconds.append(time.perf_counter() - start_s)
+        finally:
+            await asyncio.gather(*(sandbox.kill() for sandbox in sandboxes))
+    yield BenchRow.of(f"{clones} clones of one checkpoint, all answering", seconds, "s", subject=bench.kind)
+
+
+async def live_at_once(bench: Bench) -> AsyncIterator[BenchRow]:
+    """Many sandboxes that stay: how long the crowd takes, and whether each still steps afterwards."""
+    if not bench.live:
+        return
+    sandboxes: list[Sandbox] = []
+    times_ms: list[float] = []
+    start_s = time.perf_counter()
+    try:
+        for _ in range(bench.live):
+            clone_s = time.perf_counter()
+            sandboxes.append(await bench.clone())
+            await sandboxes[-1].call("ping")
+            times_ms.append((time.perf_counter() - clone_s) * 1000)
+        total_s = time.perf_counter() - start_s
+        answers = await asyncio.gather(
+            *(bench.env.step(sandbox, STAY) for sandbox in sandboxes), return_exceptions=True
+        )
+    finally:
+        await asyncio.gather(*(sandbox.kill() for sandbox in sandboxes))
+    tenth = max(1, bench.live // 10)
+    slowing = statistics.median(times_ms[-tenth:]) / statistics.median(times_ms[:tenth])
+    lost = float(sum(isinstance(answer, BaseException) for answer in answers))
+    count = f"{bench.live} live at once"
+    for name, unit, value, target in (
+        (f"{count}, all made", "s", total_s, at_most(bench.live / 10)),
+        (f"{count}, last tenth against first", "x", slowing, at_most(1.15)),
+        (f"{count}, lost", "", lost, at_most(0)),
+    ):
+        yield BenchRow(name, unit, value, None, 1, bench.kind, target)
+
+
+async def cycles(bench: Bench) -> AsyncIterator[BenchRow]:
+    """Clones made and ended one after the other: what is left behind, and whether it gets slower."""
+    await _cycle(bench)  # whatever is made once is there before the count
+    before = _descendants(), _num_descriptors(), psutil.Process().memory_info().rss
+    times_ms = [await _cycle(bench) for _ in range(bench.cycles)]
+    await asyncio.sleep(0.5)  # a killed process is not gone at once
+    left = len(_descendants()) - len(before[0]), _num_descriptors() - before[1]
+    grown_mib = (psutil.Process().memory_info().rss - before[2]) / (1 << 20)
+    yield BenchRow.of("create and destroy a clone", times_ms, "ms", subject=bench.kind)
+    count = f"after {bench.cycles} cycles"
+    tenth = max(1, bench.cycles // 10)
+    slowing = statistics.median(times_ms[-tenth:]) / statistics.median(times_ms[:tenth])
+    for name, unit, value, target in (
+        (f"processes left {count}", "", float(left[0]), at_most(0)),
+        (f"descriptors left {count}", "", float(left[1]), at_most(0)),
+        (f"memory grown {count}", "MiB", grown_mib, None),
+        (f"last tenth against first {count}", "x", slowing, at_most(1.15)),
+    ):
+        yield BenchRow(name, unit, value, None, 1, bench.kind, target)
+
+
+async def _cycle(bench: Bench) -> float:
+    start_s = time.perf_counter()
+    async with await bench.clone() as sandbox:
+        await sandbox.call("ping")
+    return (time.perf_counter() - start_s) * 1000
+
+
+def _descendants() -> set[int]:
+    return {
+        child.pid
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE
+    }
+
+
+def _num_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())

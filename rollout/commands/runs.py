@@ -1,0 +1,90 @@
+"""`rollout runs [DIR]`: the runs in a folder, oldest first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rollout.commands.output import estimate_text, print_json, stderr_console, stdout_console, text_table
+from rollout.errors import ConfigError, RolloutError
+from rollout.report.files import is_run_folder
+from rollout.report.summary import RunSummary, summarise
+from rollout.report.text import duration_text, printable
+
+__all__ = ["ListedRun", "command", "list_runs"]
+
+
+@dataclass(frozen=True, slots=True)
+class ListedRun:
+    """A run in a folder: its summary, or why it cannot be read."""
+
+    folder: Path
+    summary: RunSummary | None
+    problem: str = ""
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds the runs' folders.")] = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the runs in a folder, oldest first."""
+    with stderr_console().status(f"reading {folder}"):
+        runs = list_runs(folder)
+    if json:
+        print_json([_to_json(run) for run in runs])
+        return
+    header = ("run", "begun", "environment", "engine", "search", "episodes", "failed", "return", "time")
+    rows = [_cells(run) for run in runs]
+    stdout_console().print(text_table(header, rows, numbers=("episodes", "failed", "time")))
+
+
+def list_runs(folder: Path) -> list[ListedRun]:
+    """The runs directly below a folder; one that cannot be read is listed with the reason.
+
+    Raises:
+        ConfigError: The folder cannot be read.
+    """
+    try:
+        candidates = sorted(path for path in folder.iterdir() if is_run_folder(path))
+    except OSError as error:
+        raise ConfigError(f"cannot list the runs in {folder}: {error.strerror}") from error
+    runs: list[ListedRun] = []
+    for candidate in candidates:
+        try:
+            runs.append(ListedRun(candidate, summarise(candidate)))
+        except RolloutError as error:
+            runs.append(ListedRun(candidate, None, error.message))
+    return sorted(runs, key=lambda run: (_begun(run), run.folder.name))
+
+
+def _begun(run: ListedRun) -> float:
+    begun = run.summary.started_at if run.summary else None
+    return begun.timestamp() if begun else 0.0
+
+
+def _cells(run: ListedRun) -> tuple[str, ...]:
+    name, summary = printable(run.folder.name, 60), run.summary
+    if summary is None:
+        return (name, "", printable(run.problem, 200), "", "", "", "", "", "")
+    planned = "" if summary.num_planned is None else f"/{summary.num_planned}"
+    return (
+        name,
+        f"{summary.started_at:%Y-%m-%d %H:%M}" if summary.started_at else "-",
+        *(
+            printable(", ".join(summary.distinct(column)), 40) or "-"
+            for column in ("env_id", "engine", "search")
+        ),
+        f"{summary.num_episodes}{planned}",
+        str(summary.num_failed),
+        estimate_text(summary.mean_return),
+        duration_text(summary.wall_s) or "-",
+    )
+
+
+def _to_json(run: ListedRun) -> dict[str, object]:
+    if run.summary is None:
+        return {"folder": str(run.folder), "problem": run.problem}
+    return run.summary.to_json()

@@ -1,0 +1,148 @@
+"""The record of one search's trials, and the rows of its tree.
+
+Invariant: a checkpoint that a trial made is held here until no later trial can name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rollout.branch import BranchResult
+from rollout.sandbox.base import Checkpoint
+from rollout.search.base import ROOT_TRIAL, Commit, Search, Trial
+from rollout.trajectory.rows import NodeRow
+from rollout.types import RngPolicy, Step, Value
+
+__all__ = ["Position", "Source", "TrialBook", "child_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where an episode is: what the environment said last, and the checkpoint of that state."""
+
+    step: Step
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a later trial may begin from: a saved state and its legal actions."""
+
+    checkpoint: Checkpoint
+    actions: Sequence[Value]
+
+
+@dataclass(slots=True)
+class TrialBook:
+    """What is known of each trial of one search: where it led, and what became of it.
+
+    Attributes:
+        position: The root.
+        root_actions: The legal actions there.
+        sources: By trial id: what later trials may begin from. Its checkpoints are the ones that are held.
+        results: By trial id: the trial and the result of its branch.
+        node_trials: By node id: the trial that made the node.
+        trial_nodes: By trial id: the node that it made.
+    """
+
+    position: Position
+    root_actions: Sequence[Value]
+    sources: dict[int, Source] = field(init=False)
+    results: dict[int, tuple[Trial, BranchResult]] = field(
+        default_factory=dict[int, tuple[Trial, BranchResult]]
+    )
+    node_trials: dict[int, int] = field(default_factory=dict[int, int])
+    trial_nodes: dict[int, int] = field(default_factory=lambda: {ROOT_TRIAL: 0})
+
+    def __post_init__(self) -> None:
+        self.sources = {ROOT_TRIAL: Source(self.position.checkpoint, self.root_actions)}
+
+    def commit(self, commits: Sequence[Commit]) -> list[Checkpoint]:
+        """Notes which node a trial became; returns checkpoints that no later trial can name."""
+        useless: list[Checkpoint] = []
+        for commit in commits:
+            if commit.is_new and commit.node_id is not None:
+                self.node_trials[commit.node_id] = commit.trial_id
+                self.trial_nodes[commit.trial_id] = commit.node_id
+            elif (source := self.sources.pop(commit.trial_id, None)) is not None:
+                useless.append(source.checkpoint)
+        return useless
+
+    def held(self) -> list[Checkpoint]:
+        """The checkpoints that the search has made and not released."""
+        return [source.checkpoint for trial_id, source in self.sources.items() if trial_id != ROOT_TRIAL]
+
+    def rows(self, search: Search, t: int, policy: RngPolicy) -> list[NodeRow]:
+        """Every node by ascending id, then every failed branch, with ids after the last node's."""
+        root = NodeRow(
+            t=t,
+            node_id=0,
+            parent_id=None,
+            depth=0,
+            action=None,
+            visits=int(search.tree.visits[0]),
+            value=float(search.tree.value[0]),
+            checkpoint_id=self.position.checkpoint.id,
+            private_bytes=self.position.checkpoint.private_bytes,
+            state_hash=self.position.step.state_hash,
+            action_visits=search.action_visits(),
+            policy_target=search.policy_target(),
+        )
+        nodes = [self._node_row(search, t, policy, node_id) for node_id in sorted(self.node_trials)]
+        failed = [trial_id for trial_id, (_, result) in self.results.items() if result.failure is not None]
+        first_id = len(search.tree)
+        failures = [
+            self._failure_row(t, policy, first_id + k, trial_id) for k, trial_id in enumerate(sorted(failed))
+        ]
+        return [root, *nodes, *failures]
+
+    def _node_row(self, search: Search, t: int, policy: RngPolicy, node_id: int) -> NodeRow:
+        trial, result = self.results[self.node_trials[node_id]]
+        step = result.steps[-1]
+        checkpoint = result.checkpoint
+        return NodeRow(
+            t=t,
+            node_id=node_id,
+            parent_id=self.trial_nodes[trial.source],
+            depth=trial.depth,
+            action=self._action(trial),
+            visits=int(search.tree.visits[node_id]),
+            value=float(search.tree.value[node_id]),
+            prior=float(search.tree.prior[node_id]),
+            reward=step.reward,
+            terminated=step.terminated,
+            truncated=step.truncated,
+            checkpoint_id=checkpoint.id if checkpoint is not None else None,
+            state_hash=step.state_hash,
+            rng_policy=policy.value,
+            rng_seed=trial.seed if policy is RngPolicy.SEEDED else None,
+            duration_s=result.duration_s,
+            private_bytes=checkpoint.private_bytes if checkpoint is not None else None,
+            action_visits=search.tree.action_visits(node_id),
+        )
+
+    def _failure_row(self, t: int, policy: RngPolicy, node_id: int, trial_id: int) -> NodeRow:
+        trial, result = self.results[trial_id]
+        return NodeRow(
+            t=t,
+            node_id=node_id,
+            parent_id=self.trial_nodes[trial.source],
+            depth=trial.depth,
+            action=self._action(trial),
+            visits=0,
+            value=None,
+            rng_policy=policy.value,
+            rng_seed=trial.seed if policy is RngPolicy.SEEDED else None,
+            duration_s=result.duration_s,
+            failure=result.failure,
+        )
+
+    def _action(self, trial: Trial) -> Value:
+        return self.sources[trial.source].actions[trial.action]
+
+
+def child_of(search: Search, node_id: int, action: int) -> int | None:
+    """The node that an action leads to; None when it was never tried."""
+    child = int(search.tree.children[node_id][action])
+    return child if child >= 0 else None

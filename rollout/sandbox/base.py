@@ -1,0 +1,250 @@
+"""The contract of the three engines: what an engine, a sandbox and a checkpoint are.
+
+Invariants, which one contract suite checks on every engine:
+
+- A checkpoint is a value. It outlives the sandbox that it was taken from, and any number of clones at any
+  depth.
+- `fork(checkpoint, n)` gives exactly n sandboxes or raises, and then none of them is left.
+- Siblings share nothing that one of them can change.
+- Every clone passed its handshake: it confirmed its identity and its randomness before anyone could use it.
+- `kill` and `close` are idempotent; nothing outlives its engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from rollout.types import ExecResult, Randomness, Value
+
+__all__ = ["Capabilities", "Checkpoint", "Engine", "PhaseTimings", "Sandbox"]
+
+DEFAULT_MAX_OUTPUT_BYTES = 1 << 20
+"""How much of each of stdout and stderr `exec` returns unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A saved sandbox: an immutable value that names content held by its engine.
+
+    Attributes:
+        id: Unique name.
+        parent_id: The checkpoint that the saved sandbox was forked from, or None after a boot.
+        engine: Name of the engine that can restore it.
+        fingerprint: What must be the same to restore it (VMM build, machine shape, CPU model, versions).
+        image_digest: The image that it was booted from.
+        private_bytes: What holding it costs, beyond what it shares with its base or parent.
+    """
+
+    id: str
+    parent_id: str | None
+    engine: str
+    fingerprint: str
+    image_digest: str
+    private_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine offers on this machine, and what it does not.
+
+    Attributes:
+        engine: Its name.
+        wall: One line: what stands between the guest and the host.
+        trusted_only: True when code in the sandbox can reach the host.
+        forks_background_processes: True when a checkpoint holds every process of the sandbox, not only the
+            agent.
+        isolates_files: True when files written in one sandbox are invisible to its siblings.
+        survives_host_restart: True when a checkpoint can be restored by another process.
+        synchronous: True when its methods never suspend: they gain nothing from concurrency, and no deadline
+            can interrupt them.
+        limits: Limits that are enforced, by name ("memory", "pids", "cpu", ...).
+        notes: Caveats, one line each.
+    """
+
+    engine: str
+    wall: str
+    trusted_only: bool
+    forks_background_processes: bool
+    isolates_files: bool
+    survives_host_restart: bool
+    synchronous: bool = False
+    limits: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class PhaseTimings:
+    """Seconds and calls spent in each phase ("start", "restore", "handshake", "step", "checkpoint", ...)."""
+
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    calls: dict[str, int] = field(default_factory=dict[str, int])
+
+    def add(self, phase: str, duration_s: float) -> None:
+        """Counts one call of `phase`."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + duration_s
+        self.calls[phase] = self.calls.get(phase, 0) + 1
+
+    def merge(self, other: PhaseTimings) -> None:
+        """Adds another's seconds and calls."""
+        for phase, seconds in other.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            self.calls[phase] = self.calls.get(phase, 0) + other.calls[phase]
+
+
+class Sandbox(Protocol):
+    """A running machine or process. An async context manager: leaving it kills the sandbox.
+
+    Every method raises `GuestError` when the guest is gone, late or answers garbage; the sandbox is then
+    dead, and every later call but `kill` raises `GuestError` too.
+    """
+
+    @property
+    def id(self) -> str:
+        """Unique among the sandboxes of its engine."""
+        ...
+
+    @property
+    def parent_id(self) -> str | None:
+        """The checkpoint that it was forked from, or None after a boot."""
+        ...
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float = 60.0,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
+    ) -> ExecResult:
+        """Runs a command to its end; a non-zero exit and a time-out are data.
+
+        Raises:
+            GuestError: The guest is gone, or the command cannot be started at all (`retryable=False`).
+        """
+        ...
+
+    async def read_file(self, path: str) -> bytes:
+        """Reads a whole file.
+
+        Raises:
+            GuestError: The file is missing or unreadable; the sandbox stays usable.
+        """
+        ...
+
+    async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
+        """Writes a whole file, with its parent folders.
+
+        Raises:
+            GuestError: The file cannot be written; the sandbox stays usable.
+        """
+        ...
+
+    async def call(self, op: str, /, *, timeout_s: float = 60.0, **args: Value) -> Value:
+        """Calls an operation of the guest agent (see `rollout.sandbox.agent`).
+
+        Raises:
+            EnvError: The environment raised or refused; the sandbox stays usable.
+            GuestError: The agent refused the call, or is gone, late or answers garbage.
+        """
+        ...
+
+    async def checkpoint(self) -> Checkpoint:
+        """Saves the sandbox, which goes on afterwards.
+
+        Raises:
+            CheckpointError: It could not be saved; nothing is left of the attempt.
+        """
+        ...
+
+    async def hibernate(self) -> None:
+        """Releases memory and CPU; state, files and identity stay. Idempotent.
+
+        Raises:
+            CheckpointError: The state could not be saved; the sandbox is awake as before.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Brings a hibernated sandbox back. Idempotent; a call to a hibernated sandbox wakes it too.
+
+        Raises:
+            ForkError: The saved state could not be restored.
+        """
+        ...
+
+    async def kill(self) -> None:
+        """Ends it and frees what it held. Idempotent, never raises, shielded from cancellation."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Engine(Protocol):
+    """Makes sandboxes and restores checkpoints. An async context manager: leaving it closes the engine."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers on this machine."""
+        ...
+
+    @property
+    def timings(self) -> PhaseTimings:
+        """Where its time went since it was made."""
+        ...
+
+    @property
+    def num_sandboxes(self) -> int:
+        """Live sandboxes."""
+        ...
+
+    async def boot(self, image: str) -> Sandbox:
+        """Makes a fresh sandbox of an image (a digest or a name; engines without images ignore it).
+
+        Raises:
+            BootError: The image is missing or damaged, or the guest did not come up in time.
+            CapacityError: There is no room.
+        """
+        ...
+
+    async def fork(
+        self, checkpoint: Checkpoint, n: int = 1, *, randomness: Sequence[Randomness] | None = None
+    ) -> Sequence[Sandbox]:
+        """Makes exactly n clones, or none and an error.
+
+        Args:
+            checkpoint: What to restore; of any depth.
+            n: Number of clones, at least 1.
+            randomness: One per clone; `unique` for each when None.
+
+        Raises:
+            ForkError: A clone could not be started or did not confirm its handshake.
+            CheckpointError: The checkpoint is unknown, damaged, or of another engine or fingerprint.
+            CapacityError: There is no room for n more.
+        """
+        ...
+
+    async def discard(self, checkpoint: Checkpoint) -> None:
+        """Frees what a checkpoint holds.
+
+        Idempotent; its live clones, and checkpoints of those, stay valid.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Kills every sandbox and frees every checkpoint. Idempotent, shielded from cancellation."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

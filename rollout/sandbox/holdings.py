@@ -1,0 +1,135 @@
+"""The checkpoints that a brancher may be asked for: held within the byte budget, made again when evicted.
+
+`CheckpointStore` decides what has to go, `Lineage` knows how each came to be; here the engine is told to
+discard, and whoever can play branches is asked to play one again.
+
+Invariants: what is pinned is held by the engine; what cannot be made again (some `unique` randomness on the
+way) is never evicted, and if the budget has no room for it a `CapacityError` says so; a state that comes out
+different when it is played again is refused, where its hash is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from rollout.branch import BranchJob
+from rollout.errors import CapacityError, CheckpointError
+from rollout.sandbox.base import Checkpoint, Engine
+from rollout.sandbox.lineage import Lineage, OpeningOrigin, Origin
+from rollout.sandbox.store import CheckpointStore
+
+__all__ = ["Holdings", "Replay"]
+
+Replay = Callable[[Origin, Checkpoint | None], Awaitable[Checkpoint]]
+"""Plays an origin again from the checkpoint of its parent (None for an opening) and saves what comes out."""
+
+
+class Holdings:
+    """What one engine holds for a brancher.
+
+    Args:
+        engine: Discards.
+        budget_bytes: For all checkpoints together.
+        replay: Makes an evicted one again.
+    """
+
+    def __init__(self, engine: Engine, budget_bytes: int, replay: Replay) -> None:
+        self._engine = engine
+        self._replay = replay
+        self._store = CheckpointStore(budget_bytes)
+        self._lineage = Lineage()
+        self._remaking = asyncio.Lock()
+        self.num_evicted = 0
+        self.num_remade = 0
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    @property
+    def held_bytes(self) -> int:
+        """What they cost together."""
+        return self._store.held_bytes
+
+    async def keep_opening(self, checkpoint: Checkpoint, origin: OpeningOrigin) -> None:
+        """Takes in the beginning of an episode."""
+        self._lineage.record(checkpoint, origin)
+        await self._keep(checkpoint, origin)
+
+    async def keep_branch(self, checkpoint: Checkpoint, job: BranchJob, state_hash: str | None) -> None:
+        """Takes in what a job led to.
+
+        Raises:
+            CapacityError: There is no room, and it could not be made again. It is discarded.
+        """
+        origin = self._lineage.derive(job, state_hash)
+        await self._keep(checkpoint, origin)
+        if origin is not None:
+            self._lineage.record(checkpoint, origin)
+
+    async def pin(self, checkpoint: Checkpoint) -> Checkpoint:
+        """What the engine holds for a checkpoint, safe from eviction until `unpin`; made again if need be.
+
+        Raises:
+            CheckpointError: It was released or never held, or cannot be made again as it was.
+            RolloutError: Playing it again failed.
+        """
+        held = self._lineage.current(checkpoint)
+        if held.id in self._store:
+            return self._store.pin(held.id)
+        origin = self._lineage.origin(checkpoint.id)
+        if origin is None:
+            raise CheckpointError(f"checkpoint {checkpoint.id} is unknown here: released, or of another host")
+        async with self._remaking:
+            held = self._lineage.current(checkpoint)
+            if held.id in self._store:  # made again while we waited
+                return self._store.pin(held.id)
+            held = await self._make_again(origin)
+            self._lineage.remade(checkpoint.id, held)
+            await self._keep(held, origin, pin=True)
+            return held
+
+    async def unpin(self, held: Checkpoint) -> None:
+        """Takes back one `pin`."""
+        if gone := self._store.unpin(held.id):
+            await self._discard(gone)
+
+    async def release(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Frees what nobody will name again. Idempotent."""
+        for checkpoint in checkpoints:
+            held = self._lineage.forget(checkpoint)
+            if self._store.evict(held.id) is not None:
+                await self._engine.discard(held)
+
+    async def _keep(self, checkpoint: Checkpoint, origin: Origin | None, *, pin: bool = False) -> None:
+        evictable = origin is not None and origin.repeatable
+        try:
+            gone = self._store.put(checkpoint, evictable=evictable, pin=pin)
+        except CapacityError:
+            await self._engine.discard(checkpoint)
+            raise
+        if gone:
+            await self._discard(gone)
+
+    async def _discard(self, gone: Sequence[Checkpoint]) -> None:
+        for checkpoint in gone:
+            self.num_evicted += 1
+            await self._engine.discard(checkpoint)
+
+    async def _make_again(self, origin: Origin) -> Checkpoint:
+        """From the nearest ancestor that is still held."""
+        self.num_remade += 1
+        if isinstance(origin, OpeningOrigin):
+            return await self._replay(origin, None)
+        parent = self._lineage.current(origin.job.checkpoint)
+        if parent.id in self._store:
+            self._store.pin(parent.id)
+            try:
+                return await self._replay(origin, parent)
+            finally:
+                await self.unpin(parent)
+        parent = await self._make_again(origin.parent)
+        try:
+            return await self._replay(origin, parent)
+        finally:
+            await self._engine.discard(parent)

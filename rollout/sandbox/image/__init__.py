@@ -1,0 +1,1 @@
+"""Guest images: recipes, the builder, and the content-addressed store."""

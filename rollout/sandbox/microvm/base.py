@@ -1,0 +1,228 @@
+"""Bases: the memory of a machine that has booted and warmed up, shared by all its clones.
+
+A base is made once for each (image, machine shape, QEMU build, warm-up) and kept on disk compressed. An
+engine loads it into a sealed memory file: every clone maps that privately, so they share its pages, none of
+them can write to it, and it is gone with the engine, however the engine ends.
+
+On disk, under `bases/<key>/` of the cache folder: `pages.zst` and `numbers.npy` (the pages that are not
+empty), `state.zst` (device state), and `manifest.json`, written last, with the checksums of the others.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from rollout.errors import BootError, CheckpointError
+from rollout.sandbox.image.store import Image
+from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES, MachineShape
+
+__all__ = ["Base", "BaseStore", "base_key", "new_memory_file"]
+
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_CHUNK_PAGES = 4096
+_LAYOUT = 1
+_LET_GO_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A loaded base.
+
+    Attributes:
+        key: What it was made for (see `base_key`).
+        digest: Of its content. Bases made twice of the same parts differ, and so do checkpoints on them.
+        ram_fd: Sealed memory file with guest RAM.
+        device_state: What QEMU saved.
+        resident_bytes: Memory that it takes, once for all clones.
+    """
+
+    key: str
+    digest: str
+    ram_fd: int
+    device_state: bytes
+    resident_bytes: int
+
+    def close(self) -> None:
+        """Closes the memory file; clones keep their mapping of it."""
+        os.close(self.ram_fd)
+
+
+def base_key(image: Image | None, shape: MachineShape, qemu_version: str, warm_up: tuple[str, ...]) -> str:
+    """Equal for machines that can share a base."""
+    parts = {
+        "image": image.digest if image else None,
+        "machine": shape.fingerprint(qemu_version),
+        "warm_up": warm_up,
+        "layout": _LAYOUT,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def new_memory_file(size_bytes: int) -> int:
+    """A memory file for a VM to boot into.
+
+    Raises:
+        BootError: There is no memory for it.
+    """
+    fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size_bytes)
+    except OSError as error:
+        os.close(fd)
+        raise BootError.wrap(error, "cannot make guest memory") from error
+    return fd
+
+
+class BaseStore:
+    """Bases on disk.
+
+    Safe for many processes at once: `building` lets one of them build while the others wait.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self._folder = cache / "bases"
+
+    @contextmanager
+    def building(self, key: str) -> Generator[None]:
+        """Held by whoever looks for a base and builds it if it is missing.
+
+        The kernel frees it when its process ends.
+
+        Raises:
+            BootError: The cache cannot be written.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = (self._folder / f"{key}.lock").open("w")
+        except OSError as error:
+            raise BootError.wrap(error, f"cannot write to the cache folder {self._folder}") from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def load(self, key: str, memory_bytes: int) -> Base | None:
+        """Loads a base into a sealed memory file; None if it was never built.
+
+        Raises:
+            BootError: It is damaged; the message says what to delete.
+        """
+        folder = self._folder / key
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise BootError(f"the base {folder} is damaged; delete it: {error}") from error
+        fd = new_memory_file(memory_bytes)
+        try:
+            device_state = self._unpack(folder, manifest, fd)
+        except (OSError, ValueError, KeyError, zstandard.ZstdError, CheckpointError) as error:
+            os.close(fd)
+            raise BootError(f"the base {folder} is damaged; delete it: {error}") from error
+        _seal(fd)
+        return Base(key, manifest["digest"], fd, device_state, os.fstat(fd).st_blocks * 512)
+
+    def save(self, key: str, fd: int, device_state: bytes) -> Base:
+        """Seals the memory that a stopped VM left, and keeps a copy. The VM must have been killed.
+
+        Raises:
+            BootError: It cannot be written; nothing of it is left.
+        """
+        _seal(fd)
+        folder = self._folder / f".{key}.{os.getpid()}"
+        try:
+            folder.mkdir(parents=True)
+            sha256 = _pack(folder, fd, device_state)
+            digest = hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()[:32]
+            (folder / "manifest.json").write_text(json.dumps({"digest": digest, "sha256": sha256}))
+            folder.rename(self._folder / key)
+        except OSError as error:
+            raise BootError.wrap(error, f"cannot keep a base in {self._folder}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return Base(key, digest, fd, device_state, os.fstat(fd).st_blocks * 512)
+
+    def _unpack(self, folder: Path, manifest: dict[str, Any], fd: int) -> bytes:
+        for name, expected in manifest["sha256"].items():
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    raise ValueError(f"the checksum of {name} differs")
+        numbers = np.load(folder / "numbers.npy")
+        with zstandard.ZstdDecompressor().stream_reader((folder / "pages.zst").open("rb")) as pages:
+            for begin in range(0, len(numbers), _CHUNK_PAGES):
+                chunk = numbers[begin : begin + _CHUNK_PAGES]
+                _write_runs(fd, chunk, pages.read(len(chunk) * GUEST_PAGE_BYTES))
+        return zstandard.ZstdDecompressor().decompress((folder / "state.zst").read_bytes())
+
+
+def _seal(fd: int) -> None:
+    """Makes a memory file immutable: from here on nobody, the VMM included, can write to it.
+
+    A VMM that was killed lets go of its memory when the last of its threads is gone, which is waited for.
+
+    Raises:
+        BootError: A process still maps it for writing.
+    """
+    give_up_at_s = time.monotonic() + _LET_GO_S
+    while True:
+        try:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > give_up_at_s:
+                raise BootError.wrap(error, "cannot seal a base: its VM still runs") from error
+            time.sleep(0.005)
+        else:
+            return
+
+
+def _pack(folder: Path, fd: int, device_state: bytes) -> dict[str, str]:
+    numbers: list[np.ndarray[Any, np.dtype[np.uint32]]] = []
+    compressor = zstandard.ZstdCompressor(level=1)
+    with (folder / "pages.zst").open("wb") as file, compressor.stream_writer(file) as pages:
+        for offset, data in _extents(fd):
+            words = np.frombuffer(data, np.uint64).reshape(-1, GUEST_PAGE_BYTES // 8)
+            filled = np.flatnonzero(words.any(axis=1))
+            numbers.append((filled + offset // GUEST_PAGE_BYTES).astype(np.uint32))
+            pages.write(words[filled].tobytes())
+    np.save(folder / "numbers.npy", np.concatenate([np.empty(0, np.uint32), *numbers]))
+    (folder / "state.zst").write_bytes(zstandard.ZstdCompressor().compress(device_state))
+    names = ("pages.zst", "numbers.npy", "state.zst")
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def _extents(fd: int) -> Iterator[tuple[int, bytes]]:
+    """The parts of a sparse file that are not holes, in pieces of at most 16 MiB."""
+    size_bytes = os.fstat(fd).st_size
+    end = 0
+    while end < size_bytes:
+        try:
+            begin = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            return
+        end = os.lseek(fd, begin, os.SEEK_HOLE)
+        for offset in range(begin, end, _CHUNK_PAGES * GUEST_PAGE_BYTES):
+            yield offset, os.pread(fd, min(_CHUNK_PAGES * GUEST_PAGE_BYTES, end - offset), offset)
+
+
+def _write_runs(fd: int, numbers: np.ndarray[Any, np.dtype[np.uint32]], data: bytes) -> None:
+    """Writes pages in runs of neighbours."""
+    if len(data) != len(numbers) * GUEST_PAGE_BYTES:
+        raise CheckpointError("the base's pages are incomplete")
+    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] + 2) != 1).tolist()
+    for begin, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+        piece = data[begin * GUEST_PAGE_BYTES : end * GUEST_PAGE_BYTES]
+        os.pwrite(fd, piece, int(numbers[begin]) * GUEST_PAGE_BYTES)

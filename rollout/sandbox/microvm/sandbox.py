@@ -1,0 +1,313 @@
+"""One microVM as a `Sandbox`: parked between requests, saved, hibernated, ended.
+
+States: running (requests in flight, or just now), parked (its vCPU is stopped; costs no CPU), hibernated (no
+process; its state is a snapshot), dead. A request brings a parked or hibernated sandbox back by itself.
+
+Guest clocks: the monotonic clock stands still while a sandbox is parked, saved or hibernated; the wall clock
+is set at every handshake (fork and wake) and lags by the parked time in between.
+
+A save waits until no request is in flight: a clone of a machine that is in the middle of answering would
+answer a question that nobody asked it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+
+from rollout.errors import GuestError, RolloutError
+from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint, PhaseTimings
+from rollout.sandbox.client import GuestClient
+from rollout.sandbox.microvm.snapshot import Snapshot
+from rollout.sandbox.microvm.vmm import Vmm
+from rollout.types import ExecResult, Randomness, RngPolicy, Value
+
+if TYPE_CHECKING:
+    from asyncio import TimerHandle
+
+__all__ = ["MicroVMSandbox", "Owner", "Waking"]
+
+T = TypeVar("T")
+
+
+class Owner(Protocol):
+    """What a sandbox needs of its engine."""
+
+    @property
+    def timings(self) -> PhaseTimings:
+        """Where time goes."""
+        ...
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Runs blocking work of one VMM in a worker thread."""
+        ...
+
+    async def save(self, sandbox: MicroVMSandbox, vmm: Vmm) -> Snapshot:
+        """Reads a machine and makes a snapshot of it; the machine is stopped afterwards."""
+        ...
+
+    def keep(self, sandbox: MicroVMSandbox, snapshot: Snapshot) -> Checkpoint:
+        """Makes a checkpoint of a snapshot."""
+        ...
+
+    async def revive(self, sandbox: MicroVMSandbox, snapshot: Snapshot, randomness: Randomness) -> Waking:
+        """Restores a snapshot under the sandbox's identity."""
+        ...
+
+    def forget(self, sandbox: MicroVMSandbox) -> None:
+        """The sandbox is dead."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Waking:
+    """A machine that confirmed its handshake."""
+
+    vmm: Vmm
+    client: GuestClient
+
+
+class MicroVMSandbox:
+    """A live microVM. Made by `MicroVMEngine`.
+
+    Attributes:
+        origin: What it was restored from or last saved as: the snapshot that the next one shares pages with.
+        generation: Counts handshakes of this sandbox.
+        last_used_s: Event-loop time of its last request.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        sandbox_id: str,
+        parent_id: str | None,
+        origin: Snapshot,
+        *,
+        park_after_s: float,
+        call_timeout_s: float,
+    ) -> None:
+        self.origin = origin
+        self.generation = 0
+        self.last_used_s = asyncio.get_running_loop().time()
+        self._owner = owner
+        self._id = sandbox_id
+        self._parent_id = parent_id
+        self._park_after_s = park_after_s
+        self._call_timeout_s = call_timeout_s
+        self._waking: Waking | None = None
+        self._is_parked = False
+        self._is_dead = False
+        self._keeps_running = False
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._changing = asyncio.Lock()
+        self._park_timer: TimerHandle | None = None
+        self._park_task: asyncio.Task[None] | None = None
+
+    @property
+    def id(self) -> str:
+        """Unique name; also the guest's host name."""
+        return self._id
+
+    @property
+    def parent_id(self) -> str | None:
+        """The checkpoint that it was forked from, or None after a boot."""
+        return self._parent_id
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of its VMM; None while it has none."""
+        return self._waking.vmm.pid if self._waking is not None else None
+
+    @property
+    def state(self) -> str:
+        """`running`, `parked`, `hibernated` or `dead`."""
+        if self._is_dead:
+            return "dead"
+        if self._waking is None:
+            return "hibernated"
+        return "parked" if self._is_parked else "running"
+
+    def attach(self, waking: Waking) -> None:
+        """Gives it the machine that it is from now on."""
+        self._waking = waking
+        self._is_parked = False
+        self._plan_parking()
+
+    def keep_running(self, keep: bool) -> None:
+        """Whether it goes on between requests, so that background work gets CPU time; off at first."""
+        self._keeps_running = keep
+        self._plan_parking()
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float = 60.0,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
+    ) -> ExecResult:
+        """See `Sandbox.exec`."""
+        async with self._awake() as client:
+            return await client.exec(
+                argv,
+                stdin=stdin,
+                timeout_s=timeout_s,
+                cwd=cwd,
+                env=env,
+                max_output_bytes=max_output_bytes,
+            )
+
+    async def read_file(self, path: str) -> bytes:
+        """See `Sandbox.read_file`."""
+        async with self._awake() as client:
+            return await client.read_file(path, timeout_s=self._call_timeout_s)
+
+    async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
+        """See `Sandbox.write_file`."""
+        async with self._awake() as client:
+            await client.write_file(path, data, mode=mode, timeout_s=self._call_timeout_s)
+
+    async def call(self, op: str, /, *, timeout_s: float = 60.0, **args: Value) -> Value:
+        """See `Sandbox.call`."""
+        async with self._awake() as client:
+            return await client.call(op, args, timeout_s=timeout_s)
+
+    async def checkpoint(self) -> Checkpoint:
+        """See `Sandbox.checkpoint`. The sandbox is parked afterwards, unless it keeps running."""
+        async with self._quiet() as waking:
+            if waking is None:
+                return self._owner.keep(self, self.origin)
+            await self._save(waking)
+            if self._keeps_running:
+                await self._resume(waking)
+            return self._owner.keep(self, self.origin)
+
+    async def hibernate(self) -> None:
+        """See `Sandbox.hibernate`."""
+        async with self._quiet() as waking:
+            if waking is None:
+                return
+            await self._save(waking)
+            self._waking = None
+            await self._end(waking)
+
+    async def wake(self) -> None:
+        """See `Sandbox.wake`."""
+        async with self._changing:
+            self._require_alive()
+            await self._bring_back()
+
+    async def kill(self) -> None:
+        """See `Sandbox.kill`."""
+        if self._is_dead:
+            return
+        self._is_dead = True
+        if self._park_timer is not None:
+            self._park_timer.cancel()
+        self._owner.forget(self)
+        if (waking := self._waking) is not None:
+            self._waking = None
+            waking.vmm.kill()
+            await asyncio.shield(waking.client.close())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.kill()
+
+    def _require_alive(self) -> None:
+        if self._is_dead:
+            raise GuestError(f"sandbox {self._id} has been killed")
+
+    @asynccontextmanager
+    async def _awake(self) -> AsyncGenerator[GuestClient]:
+        """Counts a request in flight on a running machine."""
+        async with self._changing:
+            self._require_alive()
+            waking = await self._bring_back()
+            if self._is_parked:
+                await self._resume(waking)
+            self._in_flight += 1
+            self._idle.clear()
+        try:
+            yield waking.client
+        finally:
+            self._in_flight -= 1
+            self.last_used_s = asyncio.get_running_loop().time()
+            if waking.client.failure is not None:
+                await self.kill()
+            elif self._in_flight == 0:
+                self._plan_parking()
+            if self._in_flight == 0:
+                self._idle.set()
+
+    @asynccontextmanager
+    async def _quiet(self) -> AsyncGenerator[Waking | None]:
+        """Keeps new requests out and waits for those in flight; None when the sandbox is hibernated."""
+        async with self._changing:
+            await self._idle.wait()
+            self._require_alive()
+            yield self._waking
+
+    async def _bring_back(self) -> Waking:
+        if self._waking is None:
+            same_life = Randomness(RngPolicy.INHERIT)
+            self.attach(await self._owner.revive(self, self.origin, same_life))
+        assert self._waking is not None
+        return self._waking
+
+    async def _save(self, waking: Waking) -> None:
+        try:
+            self.origin = await self._owner.save(self, waking.vmm)
+        except BaseException:
+            await self.kill()  # it may stand still for ever, or be gone
+            raise
+        self._is_parked = True
+
+    async def _resume(self, waking: Waking) -> None:
+        try:
+            await self._owner.in_thread(lambda: waking.vmm.resume(self._call_timeout_s))
+        except RolloutError as error:
+            await self.kill()
+            raise GuestError(f"sandbox {self._id} is gone: {error.message}", retryable=True) from error
+        self._is_parked = False
+
+    async def _end(self, waking: Waking) -> None:
+        waking.vmm.kill()
+        await asyncio.shield(waking.client.close())
+
+    def _plan_parking(self) -> None:
+        if self._park_timer is not None:
+            self._park_timer.cancel()
+            self._park_timer = None
+        if not self._keeps_running and not self._is_dead:
+            loop = asyncio.get_running_loop()
+            self._park_timer = loop.call_later(self._park_after_s, self._begin_parking)
+
+    def _begin_parking(self) -> None:
+        self._park_timer = None
+        if self._park_task is None or self._park_task.done():
+            self._park_task = asyncio.create_task(self._park())
+
+    async def _park(self) -> None:
+        async with self._changing:
+            waking = self._waking
+            if waking is None or self._is_dead or self._is_parked or self._in_flight or self._keeps_running:
+                return
+            try:
+                await self._owner.in_thread(lambda: waking.vmm.stop(self._call_timeout_s))
+            except RolloutError:
+                await self.kill()  # the next request says that it is gone
+                return
+            self._is_parked = True

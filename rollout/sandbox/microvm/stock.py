@@ -1,0 +1,217 @@
+"""What clones of an image are made from: its base, the launcher, and the dormant VMMs on it.
+
+An engine gets the stock of an image the first time that it boots it. Making one finds the QEMU binary,
+decides the accelerator, loads the base (or boots a machine, warms it up and keeps its memory), and starts
+the launcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from rollout.config import EngineConfig, ImageConfig
+from rollout.errors import BootError, GuestError, RolloutError
+from rollout.sandbox.base import Capabilities
+from rollout.sandbox.client import GuestClient
+from rollout.sandbox.image.store import Image, ImageStore
+from rollout.sandbox.microvm.base import Base, BaseStore, base_key, new_memory_file
+from rollout.sandbox.microvm.machine import MachineShape
+from rollout.sandbox.microvm.memory import has_pagemap_scan
+from rollout.sandbox.microvm.pool import Demand, DormantPool
+from rollout.sandbox.microvm.probe import choose_accel, qemu_binary
+from rollout.sandbox.microvm.snapshot import Snapshot
+from rollout.sandbox.microvm.spawner import Spawner
+from rollout.sandbox.microvm.vmm import BootFiles, Vmm
+from rollout.sandbox.payload import payload_contents
+from rollout.types import Randomness
+
+__all__ = ["Stock", "Stocks"]
+
+T = TypeVar("T")
+_POOL_LOW, _POOL_HIGH = 2, 32
+_IMAGES = "/images"
+"""Where VMMs see the image store."""
+_SETTLE_S = 0.2
+"""
+
+A guest that has just answered still has work queued (page cache, timers); it is in the base, not in each
+clone.
+"""
+
+
+class InThread(Protocol):
+    """Runs blocking work in a worker thread."""
+
+    def __call__(self, function: Callable[[], T], /) -> Awaitable[T]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What clones of one image come from.
+
+    Attributes:
+        base: Shared memory.
+        snapshot: The base itself, as a snapshot without pages.
+        pool: Dormant VMMs.
+        fingerprint: Of every checkpoint on this base.
+        image_digest: The image.
+    """
+
+    base: Base
+    snapshot: Snapshot
+    pool: DormantPool
+    fingerprint: str
+    image_digest: str
+
+
+class Stocks:
+    """The stocks of an engine, one an image, each made once even when many ask at the same time."""
+
+    def __init__(self, config: EngineConfig, image: ImageConfig, in_thread: InThread) -> None:
+        self._config = config
+        self._image_config = image
+        self._in_thread = in_thread
+        self._store = ImageStore()
+        self._use_scan = has_pagemap_scan()
+        self._spawner: Spawner | None = None
+        self._accel: str | None = None
+        self._stocks: dict[str, Stock] = {}
+        self._making = asyncio.Lock()
+        self._closing = threading.Event()
+
+    def capabilities(self) -> Capabilities:
+        """What the engine offers on this machine."""
+        slow = "guests run under TCG, without KVM: several times slower"
+        notes = [slow] if self._accel == "tcg" else []
+        return Capabilities(
+            engine="microvm",
+            wall="a virtual machine with its own kernel, in a VMM without network, privileges or devices",
+            trusted_only=False,
+            forks_background_processes=True,
+            isolates_files=True,
+            survives_host_restart=False,
+            limits=("memory",),
+            notes=tuple(notes),
+        )
+
+    async def get(self, name: str) -> Stock:
+        """The stock of an image.
+
+        Raises:
+            BootError: The image or QEMU is missing, or the guest did not come up.
+        """
+        async with self._making:
+            image = self._store.find_current(name, payload_contents())
+            if (stock := self._stocks.get(image.digest)) is None:
+                stock = self._stocks[image.digest] = await self._make(image)
+            return stock
+
+    async def close(self) -> None:
+        """Ends the dormant VMMs and the launcher. Idempotent."""
+        for stock in self._stocks.values():
+            await stock.pool.close()
+        if self._spawner is not None:
+            await self._in_thread(self._spawner.close)
+            self._spawner = None
+        for stock in self._stocks.values():
+            stock.base.close()
+        self._stocks.clear()
+
+    async def _make(self, image: Image) -> Stock:
+        accel = self._accel or await self._in_thread(lambda: choose_accel(self._config.accel, image))
+        self._accel = accel
+        shape = MachineShape(accel, self._config.memory_mib)
+        binary = qemu_binary(accel)
+        version = _version_of(binary)
+        files = BootFiles(
+            binary=binary,
+            disk=Path(_IMAGES) / image.digest / "rootfs.erofs",
+            kernel=Path(_IMAGES) / image.digest / "vmlinuz",
+            initrd=Path(_IMAGES) / image.digest / "initrd",
+        )
+        spawner = self._spawner
+        if spawner is None:
+            devices = [Path("/dev/kvm")] if accel == "kvm" else []
+            spawner = self._spawner = Spawner({_IMAGES: self._store.root / "images"}, devices)
+        key = base_key(image, shape, version, self._image_config.warm_up)
+        base = await self._base(key, image, shape, files, spawner)
+
+        async def start() -> Vmm:
+            return await self._in_thread(
+                lambda: Vmm.start(
+                    spawner,
+                    shape,
+                    files,
+                    base.ram_fd,
+                    use_scan=self._use_scan,
+                    timeout_s=self._config.fork_timeout_s,
+                )
+            )
+
+        fingerprint = hashlib.sha256(f"{shape.fingerprint(version)}:{base.digest}".encode()).hexdigest()[:32]
+        pool = DormantPool(start, Demand(low=_POOL_LOW, high=_POOL_HIGH))
+        return Stock(base, Snapshot.at_base(base.device_state), pool, fingerprint, image.digest)
+
+    async def _base(
+        self, key: str, image: Image, shape: MachineShape, files: BootFiles, spawner: Spawner
+    ) -> Base:
+        store = BaseStore(self._store.root)
+        lock = store.building(key)
+        await self._in_thread(lock.__enter__)
+        try:
+            if (base := await self._in_thread(lambda: store.load(key, shape.memory_bytes))) is not None:
+                return base
+            await self._in_thread(lambda: self._store.verify(image))
+            fd = new_memory_file(shape.memory_bytes)
+            try:
+                device_state = await self._boot(shape, files, spawner, fd)
+                return await self._in_thread(lambda: store.save(key, fd, device_state))
+            except BaseException:
+                os.close(fd)
+                raise
+        finally:
+            lock.__exit__(None, None, None)
+
+    async def _boot(self, shape: MachineShape, files: BootFiles, spawner: Spawner, fd: int) -> bytes:
+        """Boots a machine into a memory file, warms it up and stops it for ever; returns its device state."""
+        timeout_s = self._config.boot_timeout_s
+        vmm = await self._in_thread(
+            lambda: Vmm.start(
+                spawner, shape, files, fd, make_base=True, use_scan=self._use_scan, timeout_s=timeout_s
+            )
+        )
+        client = await GuestClient.connect(vmm.channel)
+        try:
+            await client.hello(0, Randomness(), hostname="base", timeout_s=timeout_s)
+            for command in self._image_config.warm_up:
+                done = await client.exec(["/bin/sh", "-c", command], timeout_s=timeout_s)
+                if done.exit_code != 0:
+                    words = done.stderr.decode(errors="replace").strip().splitlines()
+                    raise BootError(f"warm-up {command!r} exits {done.exit_code}: {words[-1:]}")
+            await asyncio.sleep(_SETTLE_S)
+            return await self._in_thread(lambda: vmm.save_base(timeout_s))
+        except GuestError as error:
+            raise BootError(f"the guest did not come up: {error.message}; {vmm.child.log()}") from error
+        except RolloutError as error:
+            raise BootError(f"no base could be made: {error.message}") from error
+        finally:
+            vmm.kill()
+            await client.close()
+
+
+def _version_of(binary: str) -> str:
+    """Name, version and build of a QEMU binary, as it tells them, and its size.
+
+    Distributions rebuild versions.
+    """
+    done = subprocess.run([binary, "--version"], capture_output=True, check=True, text=True)
+    return f"{done.stdout.splitlines()[0]} {Path(shutil.which(binary) or binary).stat().st_size}"

@@ -1,0 +1,194 @@
+"""Select: which action a simulation takes in a node.
+
+In flight, O(s,a) simulations through an action wait for their outcome. In WU-UCT (Liu et al., ICLR 2020) they
+count as visits in every exploration term, N + O in place of N, and leave values alone. With a virtual loss
+(as in KataGo) they moreover pull the value towards a loss.
+
+Invariants: an action whose only branch is in flight, that was given up or that is proven lost is never
+selected; a choice depends on the tree alone, so equal trees give equal choices. Untried actions of equal
+prior are taken in an order that is rotated from node to node, so that no action comes first everywhere.
+
+Work per call: O(actions).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, log, sqrt
+from typing import Protocol
+
+from rollout.search.normalise import Normaliser
+from rollout.search.tree import PENDING, SETTLED, UNTRIED, Tree
+from rollout.search.widening import ActionWidening
+
+__all__ = ["BLOCKED", "DEAD", "PuctSelector", "Selector", "UctSelector", "VirtualLoss", "next_untried"]
+
+BLOCKED = -1
+"""Every action that is left waits for a branch in flight."""
+DEAD = -2
+"""No action is left: the node stays a leaf."""
+
+
+class Selector(Protocol):
+    """The tree policy."""
+
+    def __call__(self, node: int) -> int:
+        """The action to take, or BLOCKED, or DEAD; `num_actions` stands for one more proposal."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualLoss:
+    """U ← U + (loss − U)·w/(w + max(0.25, W)) with w = 3·O, W = N, as in KataGo.
+
+    Attributes:
+        loss: The lowest Q possible; None: the low end of the normalised range.
+    """
+
+    loss: float | None
+
+    def apply(self, q_hat: float, low: float, scale: float, visits: int, in_flight: int) -> float:
+        """q̂ with the trials in flight counted as losses."""
+        lost = 0.0 if self.loss is None else (self.loss - low) * scale
+        weight = 3.0 * in_flight
+        return q_hat + (lost - q_hat) * weight / (weight + max(0.25, visits))
+
+
+class UctSelector:
+    """UCT (Kocsis and Szepesvári, 2006): argmax of q̂(a) + c·√(ln N(s) / N(a)); untried actions come first.
+
+    Args:
+        tree: The tree.
+        exploration: c.
+        normaliser: q̂ from Q.
+        widening: When another action may be tried.
+        virtual_loss: What trials in flight cost beside counting as visits; None is nothing (WU-UCT).
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        exploration: float,
+        normaliser: Normaliser,
+        widening: ActionWidening,
+        virtual_loss: VirtualLoss | None = None,
+    ) -> None:
+        self._tree = tree
+        self._c = exploration
+        self._normaliser = normaliser
+        self._widening = widening
+        self._virtual_loss = virtual_loss
+
+    def __call__(self, node: int) -> int:
+        """The UCT action."""
+        tree, virtual_loss = self._tree, self._virtual_loss
+        edge_states, values = tree.edge_state, tree.edge_value
+        edge_visits, edge_in_flight = tree.edge_visits, tree.edge_in_flight
+        slots = tree.edges(node)
+        if (UNTRIED in slots or tree.open_ended[node]) and self._widening.has_room(tree, node):
+            return next_untried(tree, node)
+        low, scale = self._normaliser(node)
+        c_log = self._c * sqrt(log(tree.visits[node] + tree.in_flight[node]))
+        best, best_score, none_left = -1, -inf, DEAD
+        for action, edge in enumerate(slots):
+            if edge < 0 or edge_states[edge] > SETTLED:
+                if edge >= 0 and edge_states[edge] == PENDING:
+                    none_left = BLOCKED
+                continue
+            n, o = edge_visits[edge], edge_in_flight[edge]
+            q_hat = ((values[edge] if n else tree.value[node]) - low) * scale
+            if virtual_loss is not None and o:
+                q_hat = virtual_loss.apply(q_hat, low, scale, n, o)
+            score = q_hat + c_log / sqrt(n + o)
+            if score > best_score:
+                best, best_score = action, score
+        return best if best >= 0 else none_left
+
+
+class PuctSelector:
+    """PUCT, as in mctx: argmax of q̂(a) + √N(s)·P(a)/(1+N(a))·[c1 + ln((N(s)+c2+1)/c2)].
+
+    N(s) counts the node's own evaluation, so a new node has N = 1.
+
+    Args:
+        tree: The tree.
+        c1: pb_c_init.
+        c2: pb_c_base.
+        normaliser: q̂ from Q.
+        widening: When another action may be tried.
+        fpu_reduction: First-play urgency: an unvisited action is worth V(s) − r·√(Σ P of visited), then
+            normalised. None: q̂ = 0, as in mctx.
+        virtual_loss: As for UCT.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        c1: float,
+        c2: float,
+        normaliser: Normaliser,
+        widening: ActionWidening,
+        fpu_reduction: float | None = None,
+        virtual_loss: VirtualLoss | None = None,
+    ) -> None:
+        self._tree = tree
+        self._c1 = c1
+        self._c2 = c2
+        self._normaliser = normaliser
+        self._widening = widening
+        self._fpu_reduction = fpu_reduction
+        self._virtual_loss = virtual_loss
+
+    def __call__(self, node: int) -> int:
+        """The PUCT action."""
+        tree, virtual_loss = self._tree, self._virtual_loss
+        edge_states, values = tree.edge_state, tree.edge_value
+        edge_visits, edge_in_flight = tree.edge_visits, tree.edge_in_flight
+        slots, priors = tree.edges(node), tree.node_priors(node)
+        low, scale = self._normaliser(node)
+        total = tree.visits[node] + tree.in_flight[node]
+        factor = sqrt(total) * (self._c1 + log((total + self._c2 + 1.0) / self._c2))
+        unvisited = self._first_play(node, low, scale)
+        best, best_score, none_left = -1, -inf, DEAD
+        if (UNTRIED in slots or tree.open_ended[node]) and self._widening.has_room(tree, node):
+            # Untried actions differ in their prior alone, so one of the largest is the best of them.
+            best = next_untried(tree, node)
+            prior = priors[best] if best < len(priors) else 1.0 / (len(priors) + 1)
+            best_score = unvisited + factor * prior
+        for action, edge in enumerate(slots):
+            if edge < 0 or edge_states[edge] > SETTLED:
+                if edge >= 0 and edge_states[edge] == PENDING:
+                    none_left = BLOCKED
+                continue
+            n, o = edge_visits[edge], edge_in_flight[edge]
+            q_hat = (values[edge] - low) * scale if n else unvisited
+            if virtual_loss is not None and o:
+                q_hat = virtual_loss.apply(q_hat, low, scale, n, o)
+            score = q_hat + factor * priors[action] / (1 + n + o)
+            if score > best_score:
+                best, best_score = action, score
+        return best if best >= 0 else none_left
+
+    def _first_play(self, node: int, low: float, scale: float) -> float:
+        """q̂ of an unvisited action."""
+        if self._fpu_reduction is None:
+            return 0.0
+        tree = self._tree
+        visited = sum(
+            prior
+            for edge, prior in zip(tree.edges(node), tree.node_priors(node), strict=True)
+            if edge >= 0 and tree.edge_visits[edge]
+        )
+        return (tree.value[node] - self._fpu_reduction * sqrt(visited) - low) * scale
+
+
+def next_untried(tree: Tree, node: int) -> int:
+    """The untried action of the largest prior; `num_actions`, one more proposal, where none is listed."""
+    first, count = tree.first_slot[node], tree.num_actions[node]
+    slots, priors = tree.slots, tree.priors
+    best, best_prior = count, -1.0
+    for k in range(count):
+        action = (node + k) % count
+        if slots[first + action] == UNTRIED and priors[first + action] > best_prior:
+            best, best_prior = action, priors[first + action]
+    return best

@@ -1,0 +1,140 @@
+"""A tree as JSON, and back: every column under its own name, so that a file can be read without this library.
+
+Invariant: `tree_from_json(tree_to_json(tree))` equals `tree` column by column, to the bit.
+
+Not guaranteed: that a search can go on from it. What was in flight, and the random choices of an algorithm,
+are not part of a tree; only one at rest can be written.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any, cast
+
+from rollout.errors import SearchError
+from rollout.search.tree import ILLEGAL, NONE, Tree
+
+__all__ = ["tree_from_json", "tree_to_json"]
+
+VERSION = 1
+NODE_COLUMNS = (
+    "visits",
+    "value",
+    "in_flight",
+    "raw_value",
+    "evaluations",
+    "depth",
+    "num_actions",
+    "first_slot",
+    "flags",
+    "open_ended",
+    "state_hash",
+    "trial",
+    "entry",
+)
+SLOT_COLUMNS = ("slots", "priors")
+EDGE_COLUMNS = (
+    "edge_visits",
+    "edge_value",
+    "edge_in_flight",
+    "edge_outcome",
+    "edge_node",
+    "edge_action",
+    "edge_draws",
+    "edge_state",
+)
+OUTCOME_COLUMNS = (
+    "outcome_node",
+    "outcome_edge",
+    "outcome_next",
+    "outcome_draws",
+    "outcome_visits",
+    "outcome_reward",
+    "outcome_discount",
+)
+TABLES = (NODE_COLUMNS, SLOT_COLUMNS, EDGE_COLUMNS, OUTCOME_COLUMNS)
+
+
+def tree_to_json(tree: Tree) -> str:
+    """The tree as one JSON object.
+
+    Raises:
+        SearchError: Trials are in flight.
+    """
+    if any(tree.in_flight):
+        raise SearchError("a tree with trials in flight cannot be written")
+    columns = {name: list(getattr(tree, name)) for table in TABLES for name in table}
+    return json.dumps({"version": VERSION, **columns}, allow_nan=False)
+
+
+def tree_from_json(text: str) -> Tree:
+    """The tree that `tree_to_json` wrote.
+
+    Raises:
+        SearchError: The text is no such object, or its columns do not fit each other.
+    """
+    try:
+        data = cast("object", json.loads(text))
+    except ValueError as error:
+        raise SearchError.wrap(error, "a tree's JSON") from error
+    if not isinstance(data, dict):
+        raise SearchError("a tree's JSON must be an object")
+    columns = cast("Mapping[str, Any]", data)
+    if columns.get("version") != VERSION:
+        raise SearchError(f"a tree of version {columns.get('version')!r}; this library reads {VERSION}")
+    tree = Tree()
+    for table in TABLES:
+        for name in table:
+            _fill(tree, name, columns.get(name))
+        if len({len(getattr(tree, name)) for name in table}) != 1:
+            raise SearchError(f"a tree's columns {', '.join(table)} must have equal lengths")
+    _check_references(tree)
+    return tree
+
+
+def _fill(tree: Tree, name: str, values: object) -> None:
+    """Fills one column, whose type checks each entry."""
+    if not isinstance(values, list):
+        raise SearchError(f"a tree's JSON has no column {name!r}")
+    entries = cast("list[Any]", values)
+    column: Any = getattr(tree, name)
+    try:
+        if isinstance(column, array | bytearray):
+            column.extend(entries)
+        elif name == "state_hash":
+            column.extend(None if entry is None else str(entry) for entry in entries)
+        else:
+            kind = float if name.endswith("value") else int
+            column.extend(kind(entry) for entry in entries)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SearchError.wrap(error, f"column {name!r} of a tree") from error
+    if any(isinstance(entry, float) and not isfinite(entry) for entry in column):
+        raise SearchError(f"column {name!r} of a tree has an entry that is not finite")
+
+
+def _check_references(tree: Tree) -> None:
+    """Every row that another names must exist."""
+    if not len(tree):
+        raise SearchError("a tree needs a root")
+    num_edges, num_outcomes = len(tree.edge_visits), len(tree.outcome_node)
+    limits = (
+        ("slots", ILLEGAL, num_edges),
+        ("edge_node", 0, len(tree)),
+        ("edge_outcome", NONE, num_outcomes),
+        ("outcome_node", 0, len(tree)),
+        ("outcome_edge", 0, num_edges),
+        ("outcome_next", NONE, num_outcomes),
+        ("entry", NONE, num_outcomes),
+    )
+    for name, low, high in limits:
+        if any(not low <= row < high for row in getattr(tree, name)):
+            raise SearchError(f"column {name!r} of a tree names a row that does not exist")
+    for node in range(len(tree)):
+        first = tree.first_slot[node]
+        if not 0 <= first <= first + tree.num_actions[node] <= len(tree.slots):
+            raise SearchError(f"the slots of node {node} of a tree do not exist")
+    if any(following >= row for row, following in enumerate(tree.outcome_next)):
+        raise SearchError("column 'outcome_next' of a tree runs in a circle")

@@ -1,0 +1,129 @@
+import asyncio
+import dataclasses
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rollout.errors import BootError
+from rollout.sandbox.microvm.machine import MachineShape, Start, qemu_argv
+from rollout.sandbox.microvm.pool import Demand, DormantPool
+
+START = Start(binary="qemu", ram=Path("/ram"), share=False, qmp_fd=100, guest_fd=101, state_fd=102)
+
+
+@given(takes=st.lists(st.tuples(st.floats(0, 100), st.integers(1, 50))), start_s=st.floats(0, 5))
+def test_demand_stays_between_its_watermarks(takes: list[tuple[float, int]], start_s: float) -> None:
+    demand = Demand(low=2, high=20)
+    for now_s, count in sorted(takes):
+        demand.note_take(now_s, count)
+        demand.note_start(start_s)
+        assert 2 <= demand.target(now_s) <= 20
+    assert demand.target(1000.0) == 2
+
+
+def test_demand_follows_rate_and_burst() -> None:
+    demand = Demand(low=1, high=100, window_s=10, start_s=1.0)
+    for now_s in range(10):
+        demand.note_take(float(now_s), 4)
+    assert demand.target(9.0) == 4, "4 a second, and a start takes a second"
+    demand.note_take(9.5, 30)
+    assert demand.target(9.5) == 30, "the largest burst of the window"
+
+
+def test_what_shapes_device_state_changes_the_fingerprint() -> None:
+    shape = MachineShape("tcg", 768)
+    same = dataclasses.replace(shape, translation_mib=64)
+    assert shape.fingerprint("7.2") == same.fingerprint("7.2")
+    others = [
+        shape.fingerprint("8.2"),
+        dataclasses.replace(shape, accel="kvm").fingerprint("7.2"),
+        dataclasses.replace(shape, memory_mib=512).fingerprint("7.2"),
+        dataclasses.replace(shape, cpu_model="qemu64").fingerprint("7.2"),
+    ]
+    assert len({shape.fingerprint("7.2"), *others}) == 5
+
+
+def test_a_clone_has_the_devices_of_its_base_and_no_kernel() -> None:
+    shape = MachineShape("tcg", 768)
+    disk = dataclasses.replace(START, disk=Path("/disk"))
+    boot = dataclasses.replace(disk, share=True, kernel=Path("/vmlinuz"), initrd=Path("/initrd"))
+    clone_argv, boot_argv = qemu_argv(shape, disk), qemu_argv(shape, boot)
+
+    def devices(argv: list[str]) -> list[str]:
+        return [argv[i + 1] for i, word in enumerate(argv) if word in ("-device", "-M", "-cpu", "-m")]
+
+    assert devices(clone_argv) == devices(boot_argv)
+    assert "-kernel" not in clone_argv
+    assert clone_argv[-2:] == ["-incoming", "defer"]
+    assert any("share=off" in word for word in clone_argv)
+
+
+class FakeVmm:
+    """As much of a VMM as a pool touches."""
+
+    def __init__(self) -> None:
+        self.channel, self._other = socket.socketpair()
+        self.is_killed = False
+        self.child = self
+        self.has_ended = False
+
+    def kill(self) -> None:
+        self.is_killed = True
+        self._other.close()
+
+
+async def test_a_pool_refills_off_the_path_and_ends_what_it_holds() -> None:
+    made: list[FakeVmm] = []
+
+    async def start() -> FakeVmm:
+        await asyncio.sleep(0)
+        made.append(FakeVmm())
+        return made[-1]
+
+    pool = DormantPool(start, Demand(low=3, high=5))
+    first = await pool.take()
+    while pool.num_ready < 3:
+        await asyncio.sleep(0.001)
+    taken = [await pool.take() for _ in range(3)]
+    assert len({id(vmm) for vmm in (first, *taken)}) == 4, "one VMM was handed out twice"
+    await pool.close()
+    await pool.close()
+    assert all(vmm.is_killed for vmm in made if vmm not in (first, *taken))
+    for vmm in (first, *taken):
+        vmm.kill()
+        vmm.channel.close()
+
+
+async def test_a_pool_hands_out_no_dead_vmm() -> None:
+    made: list[FakeVmm] = []
+
+    async def start() -> FakeVmm:
+        made.append(FakeVmm())
+        return made[-1]
+
+    pool = DormantPool(start, Demand(low=2, high=2))
+    taken = [await pool.take()]
+    while pool.num_ready < 2:
+        await asyncio.sleep(0.001)
+    made[1].has_ended = made[2].has_ended = True
+    taken.append(await pool.take())
+    assert not taken[1].has_ended
+    assert made[1].is_killed
+    assert made[2].is_killed
+    await pool.close()
+    for vmm in taken:
+        vmm.kill()
+        vmm.channel.close()
+
+
+async def test_a_pool_that_cannot_start_says_so_to_who_takes() -> None:
+    async def start() -> FakeVmm:
+        raise BootError("no VMM today")
+
+    pool = DormantPool(start, Demand(low=1, high=1))
+    with pytest.raises(BootError, match="today"):
+        await pool.take()
+    await pool.close()
