@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import GuestCluster
+from driven_runs import CONFIG, DEADLINE_S, ROOT, Run, assert_whole, committed
 
 from rollout.config import ImageConfig
 from rollout.sandbox.engines import what_is_missing
-from runs import CONFIG, DEADLINE_S, ROOT, Run, assert_whole, committed
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
