@@ -75,8 +75,8 @@ class Run:
             command += ["--set", option]
         if disk_kib is not None:  # a mount of its own that nobody else sees and that goes with the process
             output.mkdir()
-            check = f"import runs, pathlib; [f] = pathlib.Path({str(output)!r}).iterdir(); "
-            check += "print('whole:', runs.assert_whole(f))"
+            check = f"import driven_runs, pathlib; [f] = pathlib.Path({str(output)!r}).iterdir(); "
+            check += "print('whole:', driven_runs.assert_whole(f))"
             script = (
                 f"mount -t tmpfs -o size={disk_kib}k none {output} && {{ {shlex.join(command)}; code=$?; "
             )
