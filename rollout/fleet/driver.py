@@ -8,6 +8,8 @@ Invariants:
   started, the disk is full): then what is missing stays missing, and the error is raised.
 - SIGINT and SIGTERM end the run in order: no new episode, those in progress are given up, the sink commits,
   the hosts close, `run.json` says "interrupted".
+- One process at a time plays a run. `resume_run` plays the episodes that are neither committed nor in a log
+  that a dead driver left, and no others (see `rollout.fleet.resume`).
 """
 
 from __future__ import annotations
@@ -16,13 +18,11 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 import psutil
 
@@ -31,30 +31,23 @@ from rollout.env import Env
 from rollout.errors import BootError, RolloutError
 from rollout.fleet.cluster import RayHostClient, cluster
 from rollout.fleet.fleet import Fleet
+from rollout.fleet.interrupt import RunInterrupted, Signals
 from rollout.fleet.messages import HostInfo
 from rollout.fleet.progress import Progress
-from rollout.fleet.record import RunRecord, make_run_folder
+from rollout.fleet.record import RunRecord, drive_alone, make_run_folder
+from rollout.fleet.resume import check_engine, check_given, check_versions, count_committed, recorded_config
 from rollout.loading import load_env
 from rollout.policy.evaluators import make_evaluator
 from rollout.runner import EpisodeSpec, Runner, episode_specs
 from rollout.sandbox.base import Capabilities, PhaseTimings
 from rollout.sandbox.engines import choose_engine_kind
+from rollout.trajectory.recover import recover_run
 from rollout.trajectory.rows import Trajectory
 from rollout.trajectory.sink import TrajectorySink
 
-__all__ = ["RunInterrupted", "play_run"]
+__all__ = ["play_run", "resume_run"]
 
 _METRIC_INTERVAL_S = 1.0
-
-
-class RunInterrupted(RolloutError):
-    """A signal ended the run before it was done; what was finished is committed."""
-
-    boundary = "run"
-
-    def __init__(self, message: str, by: signal.Signals) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + by
 
 
 async def play_run(
@@ -81,36 +74,107 @@ async def play_run(
         RunInterrupted: SIGINT or SIGTERM ended it.
         RolloutError: It could not begin, and then left no folder, or could not go on.
     """
-    env = load_env(config.env)
-    make_evaluator(config.search)  # this and a missing engine are told before Ray takes its seconds to start
-    if not os.environ.get("RAY_ADDRESS"):
-        choose_engine_kind(
-            config.engine, config.image
-        )  # a missing engine is told before Ray takes its seconds
+    env = _ready(config)
     folder = make_run_folder(config.output, run_id)
-    record = RunRecord(folder, run_id, config, wall_clock())
+    with _removed_unless_begun(folder), drive_alone(folder):
+        record = RunRecord.begin(folder, run_id, config, wall_clock())
+        await _drive(config, env, record, progress, clock, wall_clock)
+    return folder
+
+
+async def resume_run(
+    folder: Path,
+    progress: Progress,
+    *,
+    given: RunConfig | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    wall_clock: Callable[[], float] = time.time,
+) -> None:
+    """Plays the missing episodes of a run that was interrupted; none if there are none.
+
+    Args:
+        folder: The run's folder.
+        progress: Counts what is there already, then kept up to date.
+        given: Settings that must be those of the run.
+        clock: Monotonic seconds.
+        wall_clock: Unix time.
+
+    Raises:
+        ConfigError: The folder holds no run, another process plays it, or a setting or a version differs.
+        RunInterrupted: SIGINT or SIGTERM ended it again.
+        RolloutError: It could not go on.
+    """
+    RunRecord.resume(folder)  # what is no run is told before anything is written there
+    with drive_alone(folder):
+        record = RunRecord.resume(folder)
+        check_versions(record.description)
+        if given is not None:
+            check_given(record.description, given)
+        config = recorded_config(record.description)
+        env = _ready(config)
+        committed = recover_run(folder, config.sink)
+        progress.total = config.episodes
+        if committed:
+            count_committed(folder, progress)
+        specs = episode_specs(config, record.description["run_id"], env.tasks())
+        if all(spec.episode_id in committed for spec in specs):
+            if record.description.get("status") != "finished":
+                record.update(status="finished", finished_at=wall_clock())
+            return
+        sessions = record.description.get("resumed_at", [])
+        record.set(resumed_at=[*sessions, wall_clock()])
+        await _drive(config, env, record, progress, clock, wall_clock)
+
+
+def _ready(config: RunConfig) -> Env:
+    """The environment; what is missing is told before Ray takes its seconds to start.
+
+    Raises:
+        RolloutError: The environment, the evaluator or the engine is not there.
+    """
+    env = load_env(config.env)
+    make_evaluator(config.search)
+    if not os.environ.get("RAY_ADDRESS"):
+        choose_engine_kind(config.engine, config.image)
+    return env
+
+
+async def _drive(
+    config: RunConfig,
+    env: Env,
+    record: RunRecord,
+    progress: Progress,
+    clock: Callable[[], float],
+    wall_clock: Callable[[], float],
+) -> None:
+    """Starts Ray and the hosts, and plays what is missing.
+
+    Raises:
+        RunInterrupted: SIGINT or SIGTERM ended it.
+        RolloutError: It could not begin or go on.
+    """
     timings = PhaseTimings()
-    with _removed_unless_begun(folder), _Signals() as signals:
+    with Signals() as signals:
         try:
             with cluster(config.fleet.hosts) as ray_cluster:
                 signals.listen()  # again: Ray has put its own handler of SIGTERM in the place of ours
                 nodes = ray_cluster.node_ids
                 clients = [partial(RayHostClient, config, node) for node in nodes]
                 async with Fleet(config.fleet, clients, timings=timings, clock=clock) as fleet:
-                    run = _Run(config, env, fleet, record, progress, timings, clock, wall_clock)
-                    await run.play(run_id)
+                    await _Run(config, env, fleet, record, progress, timings, clock, wall_clock).play()
         except asyncio.CancelledError:
             if signals.received is None:
                 raise
-            done = f"{progress.done} of {progress.total} episodes are committed in {folder}"
+            done = f"{progress.done} of {progress.total} episodes are committed in {record.folder}"
+            if (record.folder / "run.json").exists():
+                done += f"; to finish it: rollout run --resume {record.folder}"
             raise RunInterrupted(
                 f"interrupted by {signals.received.name}; {done}", signals.received
             ) from None
-    return folder
 
 
 class _Run:
-    """One run while its hosts are up."""
+    """One run, or one session of it."""
 
     def __init__(
         self,
@@ -132,18 +196,19 @@ class _Run:
         self._clock = clock
         self._wall_clock = wall_clock
 
-    async def play(self, run_id: str) -> None:
-        """Plays and records everything; whatever ends it, the sink is closed and `run.json` says how."""
-        hosts = self._fleet.hosts
-        engine = _common_engine(hosts)
-        for host in hosts:
+    async def play(self) -> None:
+        """Plays every episode that is not there yet."""
+        engine = _common_engine(self._fleet.hosts)
+        described = _describe(self._fleet.hosts[0])
+        check_engine(self._record.description.get("engine"), described)
+        for host in self._fleet.hosts:
             self._env.learn(host.env_description)
-        self._progress.wall, self._progress.hint = engine.wall, hosts[0].hint
+        self._progress.wall, self._progress.hint = engine.wall, self._fleet.hosts[0].hint
         self._progress.started_s = self._clock()
         self._record.update(
             status="running",
-            engine=_describe(hosts[0]),
-            hosts=[{"node_id": host.node_id, "pid": host.pid, **host.machine} for host in hosts],
+            engine=described,
+            hosts=[{"node_id": host.node_id, "pid": host.pid, **host.machine} for host in self._fleet.hosts],
         )
         runner = Runner(
             self._env,
@@ -154,7 +219,7 @@ class _Run:
             clock=self._clock,
             wall_clock=self._wall_clock,
         )
-        specs = episode_specs(self._config, run_id, self._env.tasks())
+        run_id = str(self._record.description["run_id"])
         sink = TrajectorySink(
             self._record.folder,
             run_id=run_id,
@@ -162,8 +227,10 @@ class _Run:
             action_space=self._env.action_space,
             config=self._config.sink,
         )
+        specs = episode_specs(self._config, run_id, self._env.tasks())
+        missing = [spec for spec in specs if spec.episode_id not in sink]
         try:
-            await self._play_all(runner, sink, specs)
+            await self._play_all(runner, sink, missing)
         except BaseException as error:
             with contextlib.suppress(
                 RolloutError
@@ -221,11 +288,11 @@ class _Run:
         self._progress.lost_hosts = self._fleet.num_lost_hosts
         self._record.add_metric(
             {
-                "t_s": round(self._clock() - (self._progress.started_s or 0.0), 3),
+                "t_s": round(self._record.played_s + self._clock() - (self._progress.started_s or 0.0), 3),
                 "live_sandboxes": stats.live_sandboxes,
                 "checkpoints": stats.checkpoints,
                 "checkpoint_bytes": stats.checkpoint_bytes,
-                "branches": stats.branches,
+                "branches": self._record.num_branches + stats.branches,
                 "rss_bytes": stats.rss_bytes + psutil.Process().memory_info().rss,
             }
         )
@@ -237,6 +304,8 @@ class _Run:
         duration_s = progress.finished_s - (progress.started_s or 0.0)
         self._timings.merge(stats.timings)
         self._record.write_timings(self._timings)
+        # Of earlier sessions, unless they were killed.
+        earlier = self._record.description.get("summary", {})
         self._record.update(
             status=status,
             finished_at=self._wall_clock(),
@@ -244,42 +313,14 @@ class _Run:
                 "episodes": progress.done,
                 "failed_episodes": progress.failed,
                 "mean_return": progress.mean_return,
-                "branches": stats.branches,
-                "failed_branches": stats.failed_branches,
-                "evicted_checkpoints": stats.evicted_checkpoints,
-                "remade_checkpoints": stats.remade_checkpoints,
-                "lost_hosts": self._fleet.num_lost_hosts,
-                "duration_s": round(duration_s, 3),
+                "branches": self._record.num_branches + stats.branches,
+                "failed_branches": stats.failed_branches + earlier.get("failed_branches", 0),
+                "evicted_checkpoints": stats.evicted_checkpoints + earlier.get("evicted_checkpoints", 0),
+                "remade_checkpoints": stats.remade_checkpoints + earlier.get("remade_checkpoints", 0),
+                "lost_hosts": self._fleet.num_lost_hosts + earlier.get("lost_hosts", 0),
+                "duration_s": round(self._record.played_s + duration_s, 3),
             },
         )
-
-
-class _Signals:
-    """Turns the first SIGINT or SIGTERM into the cancellation of the task that it was made in."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> Self:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self.listen()
-        return self
-
-    def listen(self) -> None:
-        """Takes the signals, from whoever has them."""
-        for each in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(each, self._receive, each)
-
-    def __exit__(self, *exception: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().remove_signal_handler(each)
-
-    def _receive(self, which: signal.Signals) -> None:
-        if self.received is None:
-            self.received = which
-            self._task.cancel()
 
 
 @contextlib.contextmanager

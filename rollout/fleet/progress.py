@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from rollout.trajectory.rows import EpisodeRow
 from rollout.types import Failure
@@ -27,6 +29,7 @@ class Progress:
         lost_hosts: Hosts that died and were replaced.
         wall: What stands between guests and the machine; empty until the hosts are up.
         hint: How to get a stronger wall, if there is one.
+        notes: What a user must know about what was there before a run was resumed.
         started_s: Monotonic time at which playing began; None before.
         finished_s: When it ended; None before.
     """
@@ -43,6 +46,7 @@ class Progress:
     lost_hosts: int = 0
     wall: str = ""
     hint: str | None = None
+    notes: list[str] = field(default_factory=list[str])
     started_s: float | None = None
     finished_s: float | None = None
 
@@ -53,11 +57,19 @@ class Progress:
 
     def add(self, episode: EpisodeRow) -> None:
         """Counts an episode."""
+        self.count(episode.failure, episode.length, episode.return_)
+
+    def count(self, failure: Failure | Mapping[str, Any] | None, length: int, return_: float | None) -> None:
+        """Counts an episode of which that is known; a failure may be a row's."""
         self.done += 1
-        if episode.failure is not None:
+        if failure is not None:
             self.failed += 1
-            self.first_failure = self.first_failure or episode.failure
+            self.first_failure = self.first_failure or _failure(failure)
             return
-        self.lengths.append(episode.length)
-        if episode.return_ is not None:
-            self.returns.append(episode.return_)
+        self.lengths.append(length)
+        if return_ is not None:
+            self.returns.append(return_)
+
+
+def _failure(failure: Failure | Mapping[str, Any]) -> Failure:
+    return failure if isinstance(failure, Failure) else Failure(**failure)

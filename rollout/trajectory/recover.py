@@ -7,14 +7,36 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from rollout.config import SinkConfig
 from rollout.errors import SinkError
 from rollout.trajectory.manifest import Manifest
 from rollout.trajectory.roll import log_schemas, roll_log
 from rollout.trajectory.stats import SinkStats
-from rollout.trajectory.storage import Storage
+from rollout.trajectory.storage import Location, Storage
 from rollout.trajectory.wal import LOG_SUFFIX, adopt_log, sweep_unborn
 
-__all__ = ["make_log_folder", "recover_logs"]
+__all__ = ["make_log_folder", "recover_logs", "recover_run"]
+
+
+def recover_run(run_dir: Location, config: SinkConfig) -> frozenset[str]:
+    """Commits what dead writers of a run left in their logs, without opening a sink.
+
+    Args:
+        run_dir: Folder of the run.
+        config: That of its sinks.
+
+    Returns:
+        The ids of all its committed episodes; none where the run never opened a sink.
+
+    Raises:
+        SinkError: A log could not be committed; it is still there.
+    """
+    storage = Storage.of(run_dir)
+    manifest = Manifest(storage)
+    manifest.refresh()
+    if manifest.schemas is not None:
+        recover_logs(make_log_folder(storage, config.log_folder), storage, manifest)
+    return frozenset(manifest.committed)
 
 
 def make_log_folder(storage: Storage, log_folder: str) -> Path:

@@ -26,7 +26,7 @@ def test_a_run_never_takes_a_folder_that_is_there(tmp_path: Path) -> None:
 
 
 def test_run_json_is_replaced_as_a_whole_and_keeps_what_was_said(tmp_path: Path) -> None:
-    record = RunRecord(tmp_path, "id", RunConfig(seed=7), started_at=1.5)
+    record = RunRecord.begin(tmp_path, "id", RunConfig(seed=7), started_at=1.5)
     assert not (tmp_path / "run.json").exists(), "nothing is said before there is something to say"
     record.update(status="running")
     record.update(status="finished", summary={"episodes": 3})
@@ -40,7 +40,7 @@ def test_run_json_is_replaced_as_a_whole_and_keeps_what_was_said(tmp_path: Path)
 def test_timings_and_metrics_are_what_a_report_reads(tmp_path: Path) -> None:
     from rollout.report.files import read_run_files
 
-    record = RunRecord(tmp_path, "id", RunConfig(), started_at=0.0)
+    record = RunRecord.begin(tmp_path, "id", RunConfig(), started_at=0.0)
     record.update(status="finished")
     record.write_timings(PhaseTimings({"step": 2.0, "search": 3.0}, {"step": 4, "search": 5}))
     for t_s in (1.0, 2.0):
@@ -55,7 +55,7 @@ def test_timings_and_metrics_are_what_a_report_reads(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_a_sink_error(tmp_path: Path) -> None:
-    record = RunRecord(tmp_path / "gone", "id", RunConfig(), started_at=0.0)
+    record = RunRecord.begin(tmp_path / "gone", "id", RunConfig(), started_at=0.0)
     with pytest.raises(SinkError, match=r"cannot write run\.json"):
         record.update(status="running")
     with pytest.raises(SinkError, match=r"cannot write metrics\.jsonl"):
