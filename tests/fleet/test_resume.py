@@ -38,15 +38,7 @@ def resume(folder: Path, *more: str) -> subprocess.Popen[str]:
 def rows(folder: Path, table: str) -> list[dict[str, Any]]:
     """A table without what differs between two plays of the same seed, in the order of the episodes."""
     order = {row["episode_id"]: row["sample"] for row in scan(folder, "episodes").to_table().to_pylist()}
-    left_out = (
-        "run_id",
-        "episode_id",
-        "tree_id",
-        "started_at",
-        "duration_s",
-        "checkpoint_id",
-        "private_bytes",
-    )
+    ids = ("run_id", "episode_id", "tree_id", "checkpoint_id")
     found = scan(folder, table).to_table().to_pylist()
     for row in found:
         row["sample"] = order[row["episode_id"]]
@@ -99,10 +91,8 @@ def test_a_killed_run_is_finished_once_with_the_rows_of_an_uninterrupted_one(tmp
     run.assert_nothing_is_left()
 
 
-def write_run(
-    folder: Path, config: RunConfig, scratch: Path, *, num_episodes: int | None = None
-) -> RunRecord:
-    """Plays a run in this process, without Ray, as far as asked, and leaves its folder as if it was killed."""
+def write_run(folder: Path, config: RunConfig, scratch: Path, *, num_episodes: int | None = None) -> None:
+    """Plays a run in this process, without Ray, and leaves its folder as if it had been killed then."""
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord.begin(folder, "alone", config, started_at=0.0)
     engine = {"kind": "inline", "fingerprint": "f", "image_digest": ""}
