@@ -145,7 +145,7 @@ class Runner:
     async def _play(self, spec: EpisodeSpec, notes: _Notes) -> None:
         opening = await self._brancher.open(spec.task, spec.seed)
         position = Position(opening.step, opening.checkpoint)
-        notes.first_checkpoint_id = opening.checkpoint.id
+        notes.first_checkpoint = opening.checkpoint
         notes.final = opening.step
         try:
             for t in range(self._config.max_steps):
@@ -183,7 +183,7 @@ class Runner:
     def _trajectory(self, spec: EpisodeSpec, earlier: Sequence[Failure], notes: _Notes) -> Trajectory:
         is_graded = notes.failure is None and None not in notes.rewards
         last = notes.steps[-1] if notes.steps else None
-        final = notes.final
+        final, first = notes.final, notes.first_checkpoint
         episode = EpisodeRow(
             episode_id=spec.episode_id,
             task_id=spec.task.id,
@@ -203,7 +203,9 @@ class Runner:
             truncated=bool(last and last.truncated),
             failure=notes.failure,
             earlier_failures=tuple(earlier),
-            checkpoint_id=notes.first_checkpoint_id,
+            checkpoint_id=first.id if first is not None else None,
+            fingerprint=first.fingerprint if first is not None else None,
+            image_digest=first.image_digest if first is not None else None,
         )
         steps = _with_returns(notes.steps, self._config.search.discount) if is_graded else notes.steps
         if final is not None:
@@ -250,7 +252,7 @@ class _Notes:
 
     started_at: float
     start_s: float
-    first_checkpoint_id: str | None = None
+    first_checkpoint: Checkpoint | None = None
     steps: list[StepRow] = field(default_factory=list[StepRow])
     nodes: list[NodeRow] = field(default_factory=list[NodeRow])
     rewards: list[float | None] = field(default_factory=list["float | None"])

@@ -21,7 +21,10 @@ __all__ = ["Fault", "FaultyEngine", "FaultySandbox", "comparable"]
 
 T = TypeVar("T")
 
-_NOT_COMPARABLE = {"duration_s", "started_at", "checkpoint_id", "private_bytes", "engine", "episode_id"}
+_NOT_COMPARABLE = {
+    *("duration_s", "started_at", "checkpoint_id", "private_bytes", "episode_id"),
+    *("engine", "fingerprint", "image_digest"),
+}
 """What may differ between two plays of the same seed: times, ids, and what an engine says of itself."""
 
 

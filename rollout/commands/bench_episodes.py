@@ -13,6 +13,7 @@ import pyarrow as pa
 from gymnasium import spaces
 
 from rollout.trajectory.batch import TrajectoryBatch
+from rollout.trajectory.digest import value_digest
 from rollout.trajectory.encode import TrajectoryEncoder
 from rollout.trajectory.rows import EpisodeRow, NodeRow, StepRow, Trajectory, make_episode_id
 
@@ -32,6 +33,7 @@ OBSERVATIONS = spaces.Discrete(16)
 ACTIONS = spaces.Discrete(4)
 MOVES = 8
 SIMULATIONS = 64
+_DIGESTS = [value_digest(observation) for observation in range(int(OBSERVATIONS.n))]
 
 
 def make_episodes(count: int, seed: int = 0) -> list[Trajectory]:
@@ -167,6 +169,7 @@ def _node(generator: random.Random, t: int, node: int) -> NodeRow:
         duration_s=generator.random() / 1000 if node else None,
         private_bytes=4096 + generator.randrange(1000),
         action_visits=[generator.randrange(visits + 1) for _ in range(4)],
+        observation_digest=_DIGESTS[generator.randrange(len(_DIGESTS))],
     )
 
 

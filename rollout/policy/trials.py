@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from rollout.branch import BranchResult
 from rollout.sandbox.base import Checkpoint
 from rollout.search.base import ROOT_TRIAL, Commit, Search, Trial
+from rollout.trajectory.digest import value_digest
 from rollout.trajectory.rows import NodeRow
 from rollout.types import RngPolicy, Step, Value
 
@@ -85,6 +86,7 @@ class TrialBook:
             value=float(search.tree.value[0]),
             checkpoint_id=self.position.checkpoint.id,
             private_bytes=self.position.checkpoint.private_bytes,
+            observation_digest=value_digest(self.position.step.observation),
             state_hash=self.position.step.state_hash,
             action_visits=search.action_visits(),
             policy_target=search.policy_target(),
@@ -120,6 +122,7 @@ class TrialBook:
             duration_s=result.duration_s,
             private_bytes=checkpoint.private_bytes if checkpoint is not None else None,
             action_visits=search.tree.action_visits(node_id),
+            observation_digest=value_digest(step.observation),
         )
 
     def _failure_row(self, t: int, policy: RngPolicy, node_id: int, trial_id: int) -> NodeRow:

@@ -45,6 +45,8 @@ class EpisodeRow:
         parent_episode_id: The episode that it branched from, None for a root.
         branch_path: Node ids from the parent's tree that led here; empty for a root.
         checkpoint_id: The checkpoint after the reset; None where none was kept.
+        fingerprint: Of the engine that it was played on, as its checkpoints have it.
+        image_digest: The image that its sandbox was booted from; empty for engines without images.
     """
 
     episode_id: str
@@ -68,6 +70,8 @@ class EpisodeRow:
     parent_episode_id: str | None = None
     branch_path: Sequence[int] = ()
     checkpoint_id: str | None = None
+    fingerprint: str | None = None
+    image_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,7 @@ class NodeRow:
         policy_target: The improved policy, one probability per legal action.
         n_step_return: Discounted return along the tree from here on, for value targets.
         failure: Why the branch failed; such a node has no value.
+        observation_digest: Digest of what was observed in the state (`rollout.trajectory.digest`).
     """
 
     t: int
@@ -170,6 +175,7 @@ class NodeRow:
     policy_target: Sequence[float] | None = None
     n_step_return: float | None = None
     failure: Failure | None = None
+    observation_digest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

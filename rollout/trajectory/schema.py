@@ -41,8 +41,11 @@ __all__ = [
     "schema_to_bytes",
 ]
 
-SCHEMA_VERSION = 1
-"""Version of the tables that this package writes; older ones are read too."""
+SCHEMA_VERSION = 2
+"""Version of the tables that this package writes; older ones are read too.
+
+2 added `fingerprint` and `image_digest` to episodes, and `observation_digest` to nodes.
+"""
 
 TableName: TypeAlias = Literal["episodes", "steps", "nodes"]
 TABLES: tuple[TableName, ...] = ("episodes", "steps", "nodes")
@@ -89,6 +92,8 @@ _EPISODES = (
     pa.field("parent_episode_id", pa.string()),
     pa.field("branch_path", list_of(pa.int64())),
     pa.field("checkpoint_id", pa.string()),
+    pa.field("fingerprint", pa.string()),
+    pa.field("image_digest", pa.string()),
 )
 
 _TARGETS = (
@@ -143,6 +148,7 @@ def _nodes(action: pa.Field) -> tuple[pa.Field, ...]:
         pa.field("private_bytes", pa.int64()),
         *_TARGETS,
         pa.field("failure", FAILURE_TYPE),
+        pa.field("observation_digest", pa.int64()),
     )
 
 

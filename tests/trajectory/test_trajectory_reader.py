@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,6 +177,25 @@ def test_an_older_schema_is_read_with_nulls_and_can_be_resumed(open_sink: OpenSi
     assert table.schema.names == ["run_id", "episode_id", *schemas["steps"].names]
     assert all(table[name].null_count == table.num_rows for name in dropped)
     assert scan(run_dir, "steps", ["policy_target", "t"]).to_table()["t"].to_pylist() == [0, 1, 2]
+
+
+def test_files_of_the_first_schema_version_are_read_and_added_to(open_sink: OpenSink, run_dir: Path) -> None:
+    """`data/schema-1` was written by the code of that version."""
+    shutil.copytree(Path(__file__).parent / "data" / "schema-1", run_dir)
+    first = scan(run_dir, "nodes", verify=True)
+    assert first.problems == ()
+    assert set(first.to_table()["observation_digest"].to_pylist()) == {None}
+    with open_sink() as sink:
+        whole = make_trajectory(3)
+        episode = replace(whole.episode, fingerprint="f", image_digest="i")
+        sink.write(replace(whole, episode=episode))
+    episodes = scan(run_dir, "episodes").to_table().to_pylist()
+    assert [row["episode_id"] for row in episodes] == [episode_id(number) for number in range(4)]
+    assert {row["fingerprint"] for row in episodes} == {None}, "a run keeps the columns it was begun with"
+    assert [row["return"] for row in episodes] == [float(length_of(number)) for number in range(4)]
+    assert scan(run_dir, "steps").to_table()["observation"].to_pylist() == [
+        number + t for number in range(4) for t in range(length_of(number) + 1)
+    ]
 
 
 def test_an_episode_that_two_writers_committed_at_once_is_seen_once(
