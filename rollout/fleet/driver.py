@@ -34,7 +34,7 @@ from rollout.fleet.fleet import Fleet
 from rollout.fleet.interrupt import RunInterrupted, Signals
 from rollout.fleet.messages import HostInfo
 from rollout.fleet.progress import Progress
-from rollout.fleet.record import RunRecord, drive_alone, make_run_folder
+from rollout.fleet.record import RunRecord, drive_alone, make_run_folder, read_description
 from rollout.fleet.resume import check_engine, check_given, check_versions, count_committed, recorded_config
 from rollout.loading import load_env
 from rollout.policy.evaluators import make_evaluator
@@ -104,7 +104,7 @@ async def resume_run(
         RunInterrupted: SIGINT or SIGTERM ended it again.
         RolloutError: It could not go on.
     """
-    RunRecord.resume(folder)  # what is no run is told before anything is written there
+    read_description(folder)  # what is no run is told before anything is written there
     with drive_alone(folder):
         record = RunRecord.resume(folder)
         check_versions(record.description)

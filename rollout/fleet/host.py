@@ -43,7 +43,7 @@ from rollout.sandbox.base import Checkpoint, Engine, PhaseTimings
 from rollout.sandbox.branching import LocalBrancher
 from rollout.sandbox.engines import choose_engine_kind, make_engine
 
-__all__ = ["REMEMBERED_CALLS", "Host"]
+__all__ = ["REMEMBERED_CALLS", "Host", "scratch_parent"]
 
 REMEMBERED_CALLS = 1024
 _MIN_SHM_BYTES = 1 << 30
@@ -147,7 +147,7 @@ class Host:
 
     async def _begin(self) -> HostInfo:
         token = uuid.uuid4().hex[:12]
-        parent = _scratch_parent()
+        parent = scratch_parent()
         sweep(parent)
         try:
             scratch = owned_folder(parent, token)
@@ -238,7 +238,7 @@ def _fenced(epoch: int, current: int) -> CapacityError:
     )
 
 
-def _scratch_parent() -> Path:
+def scratch_parent() -> Path:
     """Memory if there is enough of it, because every branch writes there; else the temporary folder."""
     shm = Path("/dev/shm")
     if shm.is_dir() and os.access(shm, os.W_OK) and shutil.disk_usage(shm).free >= _MIN_SHM_BYTES:

@@ -27,7 +27,7 @@ from rollout.config import RunConfig
 from rollout.errors import ConfigError, SinkError
 from rollout.sandbox.base import PhaseTimings
 
-__all__ = ["RunRecord", "drive_alone", "make_run_folder", "make_run_id", "versions"]
+__all__ = ["RunRecord", "drive_alone", "make_run_folder", "make_run_id", "read_description", "versions"]
 
 _LOCK_NAME = "driver.lock"
 
@@ -104,6 +104,29 @@ def _locked(path: Path) -> int:
         os.close(descriptor)  # between open and lock its owner ended and removed it
 
 
+def read_description(folder: Path) -> dict[str, Any]:
+    """What the `run.json` of a run says.
+
+    Raises:
+        ConfigError: The folder holds no run, or its `run.json` is damaged.
+        SinkError: It cannot be read.
+    """
+    path = folder / "run.json"
+    try:
+        found: object = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no run.json: no run was begun there") from None
+    except OSError as error:
+        raise SinkError.wrap(error, f"cannot read {path}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+    described = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+    needed = {"run_id": str, "config": dict, "versions": dict}
+    if wrong := [key for key, kind in needed.items() if not isinstance(described.get(key), kind)]:
+        raise ConfigError(f"{path} is damaged: it does not say {', '.join(wrong)}")
+    return described
+
+
 class RunRecord:
     """Writes the small files of one run; made by `begin` or `resume`.
 
@@ -158,19 +181,7 @@ class RunRecord:
             ConfigError: The folder holds no run, or its `run.json` is damaged.
             SinkError: A file cannot be read or written.
         """
-        path = folder / "run.json"
-        try:
-            found: object = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise ConfigError(f"{folder} holds no run.json: no run was begun there") from None
-        except OSError as error:
-            raise SinkError.wrap(error, f"cannot read {path}") from error
-        except ValueError as error:
-            raise ConfigError(f"{path} is damaged: {error}") from None
-        described = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
-        needed = {"run_id": str, "config": dict, "versions": dict}
-        if wrong := [key for key, kind in needed.items() if not isinstance(described.get(key), kind)]:
-            raise ConfigError(f"{path} is damaged: it does not say {', '.join(wrong)}")
+        described = read_description(folder)
         played_s, num_branches = _end_of_timeline(folder / "metrics.jsonl")
         timings = _read_timings(folder / "timings.json")
         return cls(folder, described, played_s=played_s, num_branches=num_branches, timings=timings)

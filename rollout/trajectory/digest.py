@@ -29,7 +29,7 @@ def _update(digest: hashlib.blake2b, value: Any) -> None:
         case None:
             digest.update(b"n")
         case bool() | np.bool_():
-            digest.update(b"t" if value else b"f")
+            digest.update(b"t" if bool(value) else b"f")
         case int() | np.integer():
             text = str(int(value)).encode()
             digest.update(b"i%d:%b" % (len(text), text))
