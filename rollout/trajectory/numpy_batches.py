@@ -61,7 +61,8 @@ def _fixed_size_list(field: pa.Field, column: pa.Array) -> npt.NDArray[Any]:
     metadata: dict[bytes, bytes] = field.metadata or {}
     shape = tuple(json.loads(metadata.get(SHAPE_KEY, f"[{size}]".encode())))
     if column.null_count:
-        present = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
+        num_present = len(column) - column.null_count
+        present = column.flatten().to_numpy(zero_copy_only=False).reshape(num_present, *shape)
         values = np.zeros((len(column), *shape), present.dtype)
         values[column.is_valid().to_numpy(zero_copy_only=False)] = present
         return values

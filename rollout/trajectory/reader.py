@@ -159,6 +159,30 @@ class Scan:
         """
         if any(committed.excluded for committed in self._commits):
             raise SinkError("an episode is in two files of this run: read it by batches, not by files")
+        return self.file_names()
+
+    def parts(self) -> list[Scan]:
+        """A scan for each committed file, in order: they pickle, so that other processes can read them."""
+        return [
+            Scan(
+                self._storage,
+                self.table,
+                self.run_schema,
+                [committed],
+                self._columns,
+                self._filter,
+                self.problems,
+            )
+            for committed, _ in self._entries()
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum(entry.num_bytes for _, entry in self._entries())
+
+    def file_names(self) -> list[str]:
+        """Full paths of the Parquet files, also of those that hold episodes which another one has too."""
         return [self._storage.path(entry.name) for _, entry in self._entries()]
 
     def dataset(self) -> ds.Dataset:
