@@ -15,7 +15,44 @@ from rollout.env import Task
 from rollout.sandbox.base import Checkpoint
 from rollout.types import Failure, PlayoutRequest, PlayoutResult, Randomness, Step, Value
 
-__all__ = ["BranchJob", "BranchResult", "Brancher", "Opening"]
+__all__ = ["BranchJob", "BranchResult", "Brancher", "Lookahead", "LookaheadResult", "Opening"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lookahead:
+    """A short random playout that ends in an observed state: `horizon` steps at most, drawn from `seed`.
+
+    A playout inside the guest is one call, whatever its length; here each step is one, because what a model
+    values is an observation.
+
+    Attributes:
+        horizon: Steps at most.
+        seed: Of the actions.
+        discount: Of rewards.
+        begin: Where it begins, for a job without actions of its own, which observes nothing.
+    """
+
+    horizon: int
+    seed: int
+    discount: float = 1.0
+    begin: Step | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LookaheadResult:
+    """What a lookahead came to.
+
+    Attributes:
+        value: Discounted rewards of its steps; a step without a reward counts as 0.
+        num_steps: Steps played.
+        last: What the environment said last.
+        actions: The legal actions there; none where the episode has ended.
+    """
+
+    value: float
+    num_steps: int
+    last: Step
+    actions: Sequence[Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +72,7 @@ class BranchJob:
     checkpoint: Checkpoint
     actions: tuple[Value, ...]
     randomness: Randomness
-    playout: PlayoutRequest | None = None
+    playout: PlayoutRequest | Lookahead | None = None
     keep_checkpoint: bool = True
     state_hash: bool = False
 
@@ -55,7 +92,7 @@ class BranchResult:
 
     steps: tuple[Step, ...] = ()
     checkpoint: Checkpoint | None = None
-    playout: PlayoutResult | None = None
+    playout: PlayoutResult | LookaheadResult | None = None
     duration_s: float = 0.0
     failure: Failure | None = None
 

@@ -75,6 +75,11 @@ class EngineConfig(_Section):
     """Deadline of one call to the guest."""
     checkpoint_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """Deadline of a checkpoint."""
+    reuse_vmms: bool = True
+    """Put the process of a microVM that has ended back to the next checkpoint, instead of starting another.
+
+    Several times faster. A guest that has broken out into its VMM would meet the next guest there.
+    """
     python_path: tuple[str, ...] = ()
     """Folders with further modules for sandboxes of the process engine, which see only installed packages."""
     checkpoint_budget_bytes: Annotated[int, Field(ge=1 << 20)] = 4 << 30
@@ -175,8 +180,28 @@ class SearchConfig(_Section):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Above 0 the move is drawn in proportion to visits^(1/temperature)."""
 
+    tree_reuse: bool = False
+    """Go on with what is known below the played move, with its exact counts, where the state that the move
+    really led to (by state hash) is in the tree; else, and by default, each move has a fresh tree.
+    """
+    n_step: Annotated[int, Field(ge=0)] = 0
+    """Rewards in the `n_step_return` of a step, before the search's value of the state after them; 0 takes
+    all rewards up to the end of the episode.
+    """
+
     evaluator: str = "playout"
-    """Leaf values: `playout` (random, in the guest) or `zero`."""
+    """Leaf values: `playout` (random, in the guest), `truncated` (`playout_horizon` random actions, then
+    `bootstrap`), `zero`, or `module:function`, which is called with batches of leaves of many trees and gives
+    values and priors (see `rollout.policy.model`).
+    """
+    evaluator_args: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """Keyword arguments of that function."""
+    evaluator_batch: Annotated[int, Field(ge=1)] = 256
+    """Leaves that make a call of that function worth while: it is made at once."""
+    evaluator_wait_s: Annotated[float, Field(ge=0)] = 0.002
+    """How long a search waits for others to join a call; it waits for none that is not playing."""
+    bootstrap: str = "zero"
+    """Values of the states that truncated playouts end in: `zero` or `module:function`."""
     playout_horizon: Annotated[int, Field(ge=1)] = 100
     """Longest playout, in steps."""
     randomness: RngPolicy = RngPolicy.SEEDED
@@ -190,7 +215,7 @@ class SearchConfig(_Section):
     @property
     def wants_state_hash(self) -> bool:
         """Whether the search compares states, so that branches must report their digests."""
-        return self.transpositions or self.outcomes == "widening"
+        return self.transpositions or self.tree_reuse or self.outcomes == "widening"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

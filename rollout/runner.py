@@ -33,7 +33,7 @@ from rollout.env import Env, Task
 from rollout.errors import RolloutError
 from rollout.loading import load_env
 from rollout.policy.evaluators import make_evaluator
-from rollout.policy.planner import Move, Planner, RandomPlanner, SearchPlanner, randomness_of
+from rollout.policy.planner import Move, Planner, RandomPlanner, SearchPlanner, Thread, randomness_of
 from rollout.policy.trials import Position
 from rollout.sandbox.base import Checkpoint, PhaseTimings
 from rollout.sandbox.branching import LocalBrancher
@@ -147,12 +147,15 @@ class Runner:
         position = Position(opening.step, opening.checkpoint)
         notes.first_checkpoint = opening.checkpoint
         notes.final = opening.step
+        thread: Thread | None = None
         try:
             for t in range(self._config.max_steps):
                 if position.step.terminated or position.step.truncated:
                     return
                 start_s = self._clock()
-                move = await self._planner.choose(position, t, derive_seed(spec.seed, t, "choose"))
+                going_on, thread = thread, None
+                move = await self._planner.choose(position, t, derive_seed(spec.seed, t, "choose"), going_on)
+                thread = move.thread
                 randomness = randomness_of(self._config.search.randomness, derive_seed(spec.seed, t, "move"))
                 reached, checkpoint = await self._move(position, move, randomness)
                 is_last = t + 1 == self._config.max_steps and not reached.terminated
@@ -163,6 +166,7 @@ class Runner:
                 await self._brancher.release([position.checkpoint])
                 position = Position(reached, checkpoint)
         finally:
+            await self._planner.drop(thread)
             await self._brancher.release([position.checkpoint])
 
     async def _move(
@@ -207,7 +211,9 @@ class Runner:
             fingerprint=first.fingerprint if first is not None else None,
             image_digest=first.image_digest if first is not None else None,
         )
-        steps = _with_returns(notes.steps, self._config.search.discount) if is_graded else notes.steps
+        steps = notes.steps
+        if is_graded:
+            steps = _with_returns(steps, self._config.search.discount, self._config.search.n_step)
         if final is not None:
             last_row = StepRow(len(steps), final.observation, info=final.info, state_hash=final.state_hash)
             steps = [*steps, last_row]
@@ -290,11 +296,24 @@ class _Notes:
         self.final = reached
 
 
-def _with_returns(steps: Sequence[StepRow], discount: float) -> list[StepRow]:
-    """Adds to each step the discounted return from there to the end of the episode."""
-    total = 0.0
+def _with_returns(steps: Sequence[StepRow], discount: float, n: int) -> list[StepRow]:
+    """Adds to each step the discounted return from there on.
+
+    With n = 0 that of all rewards; else that of n of them and the search's value of the state after these, or
+    of all that are left, where there are fewer or the state was not searched.
+    """
+    rewards = [step.reward or 0.0 for step in steps]
+    whole = [0.0]
+    for reward in reversed(rewards):
+        whole.append(reward + discount * whole[-1])
+    whole.reverse()
     done: list[StepRow] = []
-    for step in reversed(steps):
-        total = (step.reward or 0.0) + discount * total
-        done.append(replace(step, n_step_return=total))
-    return done[::-1]
+    for t, step in enumerate(steps):
+        value = steps[t + n].value if n and t + n < len(steps) else None
+        if value is None:
+            value = whole[t]
+        else:
+            for reward in reversed(rewards[t : t + n]):
+                value = reward + discount * value
+        done.append(replace(step, n_step_return=value))
+    return done

@@ -6,7 +6,7 @@ Invariant: a checkpoint that a trial made is held here until no later trial can 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rollout.branch import BranchResult
 from rollout.sandbox.base import Checkpoint
@@ -45,6 +45,7 @@ class TrialBook:
         results: By trial id: the trial and the result of its branch.
         node_trials: By node id: the trial that made the node.
         trial_nodes: By trial id: the node that it made.
+        became_root: Trials that led from the root of the move before to this one, if there is one tree.
     """
 
     position: Position
@@ -55,6 +56,7 @@ class TrialBook:
     )
     node_trials: dict[int, int] = field(default_factory=dict[int, int])
     trial_nodes: dict[int, int] = field(default_factory=lambda: {ROOT_TRIAL: 0})
+    became_root: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self.sources = {ROOT_TRIAL: Source(self.position.checkpoint, self.root_actions)}
@@ -68,6 +70,31 @@ class TrialBook:
                 self.trial_nodes[commit.trial_id] = commit.node_id
             elif (source := self.sources.pop(commit.trial_id, None)) is not None:
                 useless.append(source.checkpoint)
+        return useless
+
+    def reroot(self, search: Search, position: Position, actions: Sequence[Value]) -> list[Checkpoint]:
+        """Goes on with a search that has advanced to the state of `position`, which has a hash.
+
+        The root's checkpoint is now that of the position, and a branch from the old one is one from it.
+
+        Returns:
+            Checkpoints that no later trial can name.
+        """
+        self.became_root = frozenset(
+            trial_id
+            for trial_id, (trial, result) in self.results.items()
+            if (trial.source == ROOT_TRIAL or trial.source in self.became_root)
+            and result.failure is None
+            and result.steps[-1].state_hash == position.step.state_hash
+        )
+        kept = {trial: node for node, trial in enumerate(search.tree.trial) if node}
+        gone = [trial for trial in self.sources if trial != ROOT_TRIAL and trial not in kept]
+        useless = [self.sources.pop(trial).checkpoint for trial in gone]
+        self.position, self.root_actions = position, actions
+        self.sources[ROOT_TRIAL] = Source(position.checkpoint, actions)
+        self.results = {trial: self.results[trial] for trial in kept}
+        self.node_trials = {node: trial for trial, node in kept.items()}
+        self.trial_nodes = {ROOT_TRIAL: 0, **dict.fromkeys(self.became_root, 0), **kept}
         return useless
 
     def held(self) -> list[Checkpoint]:
@@ -91,7 +118,12 @@ class TrialBook:
             action_visits=search.action_visits(),
             policy_target=search.policy_target(),
         )
-        nodes = [self._node_row(search, t, policy, node_id) for node_id in sorted(self.node_trials)]
+        returns = search.returns()
+        root = replace(root, n_step_return=returns[0])
+        nodes = [
+            self._node_row(search, t, policy, node_id, returns[node_id])
+            for node_id in sorted(self.node_trials)
+        ]
         failed = [trial_id for trial_id, (_, result) in self.results.items() if result.failure is not None]
         first_id = len(search.tree)
         failures = [
@@ -99,15 +131,18 @@ class TrialBook:
         ]
         return [root, *nodes, *failures]
 
-    def _node_row(self, search: Search, t: int, policy: RngPolicy, node_id: int) -> NodeRow:
+    def _node_row(
+        self, search: Search, t: int, policy: RngPolicy, node_id: int, n_step_return: float
+    ) -> NodeRow:
         trial, result = self.results[self.node_trials[node_id]]
+        action_visits = search.tree.action_visits(node_id)
         step = result.steps[-1]
         checkpoint = result.checkpoint
         return NodeRow(
             t=t,
             node_id=node_id,
             parent_id=self.trial_nodes[trial.source],
-            depth=trial.depth,
+            depth=int(search.tree.depth[node_id]),
             action=self._action(trial),
             visits=int(search.tree.visits[node_id]),
             value=float(search.tree.value[node_id]),
@@ -121,7 +156,9 @@ class TrialBook:
             rng_seed=trial.seed if policy is RngPolicy.SEEDED else None,
             duration_s=result.duration_s,
             private_bytes=checkpoint.private_bytes if checkpoint is not None else None,
-            action_visits=search.tree.action_visits(node_id),
+            action_visits=action_visits,
+            policy_target=search.policy_target(node_id) if any(action_visits) else None,
+            n_step_return=n_step_return,
             observation_digest=value_digest(step.observation),
         )
 
@@ -142,7 +179,8 @@ class TrialBook:
         )
 
     def _action(self, trial: Trial) -> Value:
-        return self.sources[trial.source].actions[trial.action]
+        source = ROOT_TRIAL if trial.source in self.became_root else trial.source
+        return self.sources[source].actions[trial.action]
 
 
 def child_of(search: Search, node_id: int, action: int) -> int | None:

@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rollout.branch import BranchJob, BranchResult, Opening
+from rollout.branch import BranchJob, BranchResult, Lookahead, LookaheadResult, Opening
 from rollout.config import EngineConfig
 from rollout.env import Env, Task
 from rollout.errors import BootError, CheckpointError, ForkError, GuestError, RolloutError
@@ -221,7 +221,7 @@ class LocalBrancher:
 
     async def _play(
         self, job: BranchJob, sandbox: Sandbox, made: list[Checkpoint]
-    ) -> tuple[tuple[Step, ...], Checkpoint | None, PlayoutResult | None]:
+    ) -> tuple[tuple[Step, ...], Checkpoint | None, PlayoutResult | LookaheadResult | None]:
         steps, has_ended = await self._apply(job, sandbox)
         if has_ended:
             return steps, None, None
@@ -233,6 +233,10 @@ class LocalBrancher:
         if job.playout is None:
             return steps, checkpoint, None
         try:
+            if isinstance(job.playout, Lookahead):
+                begin = steps[-1] if steps else job.playout.begin
+                assert begin is not None, "a lookahead begins at a step"
+                return steps, checkpoint, await self._look_ahead(job.playout, sandbox, begin)
             return steps, checkpoint, await self._call("a playout", self._env.playout(sandbox, job.playout))
         except RolloutError:
             if checkpoint is not None:
@@ -250,6 +254,19 @@ class LocalBrancher:
             if step.terminated or step.truncated:
                 return tuple(steps), True
         return tuple(steps), False
+
+    async def _look_ahead(self, request: Lookahead, sandbox: Sandbox, step: Step) -> LookaheadResult:
+        """Random legal actions, each a function of the request's seed and its number."""
+        value, weight, num_steps = 0.0, 1.0, 0
+        while num_steps < request.horizon and not (step.terminated or step.truncated):
+            actions = self._env.actions(step)
+            action = actions[derive_seed(request.seed, num_steps) % len(actions)]
+            step = await self._call("a step", self._env.step(sandbox, action))
+            value += weight * (step.reward if step.reward is not None else 0.0)
+            weight *= request.discount
+            num_steps += 1
+        has_ended = step.terminated or step.truncated
+        return LookaheadResult(value, num_steps, step, () if has_ended else self._env.actions(step))
 
     async def _replay(self, origin: Origin, parent: Checkpoint | None) -> Checkpoint:
         """Makes an evicted checkpoint again; takes no slots, because who asks has them and no clone yet."""

@@ -112,9 +112,9 @@ class AdaptiveBranching:
         """By the move rule."""
         return self._move.choose(self._tree, self._seed)
 
-    def policy_target(self) -> Sequence[float]:
+    def policy_target(self, node: int = 0) -> Sequence[float]:
         """The visit distribution."""
-        return visit_target(self._tree)
+        return visit_target(self._tree, node)
 
     def check(self, path: Path, told: Outcome) -> None:
         """Checks that every score on the path would suit the prior.

@@ -53,8 +53,8 @@ class Algorithm(Protocol):
         """
         ...
 
-    def policy_target(self) -> Sequence[float]:
-        """The policy to train towards: one probability per root action."""
+    def policy_target(self, node: int = 0) -> Sequence[float]:
+        """The policy to train towards at a node that is not final: one probability per action."""
         ...
 
 
@@ -99,9 +99,9 @@ class TreePolicyAlgorithm:
         """By the move rule."""
         return self._move.choose(self._tree, self._seed)
 
-    def policy_target(self) -> Sequence[float]:
+    def policy_target(self, node: int = 0) -> Sequence[float]:
         """The visit distribution."""
-        return visit_target(self._tree)
+        return visit_target(self._tree, node)
 
 
 def add_root_noise(tree: Tree, alpha: float, fraction: float, rng: np.random.Generator) -> None:

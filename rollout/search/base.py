@@ -217,8 +217,15 @@ class Search(Protocol):
         """Visits of each root action."""
         ...
 
-    def policy_target(self) -> Sequence[float]:
-        """The policy to train towards at the root: one probability per root action."""
+    def policy_target(self, node: int = 0) -> Sequence[float]:
+        """The policy to train towards at a node that is not final: one probability per action."""
+        ...
+
+    def returns(self) -> Sequence[float]:
+        """By node: the discounted return of the most visited actions from there on.
+
+        The rewards along them, and the evaluation of the leaf that they end in.
+        """
         ...
 
     def root_value(self) -> float:

@@ -64,9 +64,9 @@ class Baseline:
         """By the move rule."""
         return self._move.choose(self._tree, self._seed)
 
-    def policy_target(self) -> Sequence[float]:
+    def policy_target(self, node: int = 0) -> Sequence[float]:
         """The visit distribution."""
-        return visit_target(self._tree)
+        return visit_target(self._tree, node)
 
 
 class BestOfN:

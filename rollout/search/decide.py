@@ -14,10 +14,18 @@ import numpy as np
 
 from rollout.errors import SearchError
 from rollout.search.seeds import branch_seed
-from rollout.search.tree import LOST, PROVEN, Tree
+from rollout.search.tree import LOST, NONE, PROVEN, TERMINATED, Tree
 from rollout.types import derive_seed
 
-__all__ = ["MoveRule", "best_action", "sample_action", "tempered", "visit_distribution", "visit_target"]
+__all__ = [
+    "MoveRule",
+    "best_action",
+    "sample_action",
+    "tempered",
+    "tree_returns",
+    "visit_distribution",
+    "visit_target",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +91,33 @@ def tempered(visits: Sequence[int], temperature: float) -> list[float]:
     return [w / total for w in weights]
 
 
-def visit_target(tree: Tree) -> list[float]:
-    """The root's visits as a policy to train towards; its prior where nothing was visited."""
-    visits = tree.action_visits(0)
-    return visit_distribution(visits) if any(visits) else list(tree.node_priors(0))
+def visit_target(tree: Tree, node: int = 0) -> list[float]:
+    """A node's visits as a policy to train towards; its prior where nothing was visited."""
+    visits = tree.action_visits(node)
+    return visit_distribution(visits) if any(visits) else list(tree.node_priors(node))
+
+
+def tree_returns(tree: Tree) -> list[float]:
+    """By node: the return along the most visited actions, and there along the outcomes drawn most.
+
+    A leaf's is its evaluation from outside, or its final value where that is known. Nodes are taken the
+    deepest first: with transpositions a child may be older than its parent, but it is always deeper.
+    """
+    returns = [0.0] * len(tree)
+    for node in sorted(range(len(tree)), key=tree.depth.__getitem__, reverse=True):
+        best = max(
+            (edge for edge in tree.edges(node) if edge >= 0 and tree.edge_outcome[edge] != NONE),
+            key=tree.edge_visits.__getitem__,
+            default=NONE,
+        )
+        if best == NONE:
+            is_final = tree.flags[node] & (PROVEN | TERMINATED)
+            returns[node] = tree.value[node] if is_final else tree.raw_value[node]
+            continue
+        outcome = max(tree.outcomes(best), key=tree.outcome_draws.__getitem__)
+        after = returns[tree.outcome_node[outcome]]
+        returns[node] = tree.outcome_reward[outcome] + tree.outcome_discount[outcome] * after
+    return returns
 
 
 def visit_distribution(visits: Sequence[int]) -> list[float]:

@@ -112,12 +112,20 @@ class Ensemble:
         """Visits of each root action, added up."""
         return self._forest.action_visits(0)
 
-    def policy_target(self) -> Sequence[float]:
-        """The mean of the members' targets."""
-        targets = [member.policy_target() for member in self._members]
+    def policy_target(self, node: int = 0) -> Sequence[float]:
+        """At the root the mean of the members' targets, below it that of the member whose node it is."""
+        targets = [self._members[index].policy_target(row) for index, row in self._forest.members(node)]
         width = max(len(row) for row in targets)
         share = 1.0 / len(targets)
         return [share * sum(row[a] for row in targets if a < len(row)) for a in range(width)]
+
+    def returns(self) -> Sequence[float]:
+        """As the members'; at the root their mean, weighted by visits."""
+        found = [member.returns() for member in self._members]
+        visits = [member.tree.visits[0] for member in self._members]
+        root = sum(n * row[0] for n, row in zip(visits, found, strict=True)) / sum(visits)
+        rows = (self._forest.members(node)[0] for node in range(1, len(self._forest)))
+        return [root, *(found[index][row] for index, row in rows)]
 
     def root_value(self) -> float:
         """The mean of the members' root values, weighted by visits."""

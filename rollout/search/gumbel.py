@@ -128,9 +128,9 @@ class Gumbel:
         scores = self._scores()
         return max((a for a in done if spent[a] == most), key=scores.__getitem__)
 
-    def policy_target(self) -> Sequence[float]:
-        """The improved policy at the root."""
-        return improved_policy(self._tree, 0, self._constants)
+    def policy_target(self, node: int = 0) -> Sequence[float]:
+        """The improved policy."""
+        return improved_policy(self._tree, node, self._constants)
 
     def _select(self, node: int) -> int:
         return self._select_interior(node) if node else self._select_root()

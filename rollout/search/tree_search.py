@@ -31,6 +31,7 @@ from rollout.search.attach import Attacher
 from rollout.search.backward import Backward
 from rollout.search.base import Commit, Outcome, Trial
 from rollout.search.checks import check_outcome
+from rollout.search.decide import tree_returns
 from rollout.search.descend import Path
 from rollout.search.reroot import reroot
 from rollout.search.seeds import branch_seed
@@ -187,9 +188,13 @@ class TreeSearch:
         """Visits of each root action."""
         return self._tree.action_visits(0)
 
-    def policy_target(self) -> Sequence[float]:
-        """The policy to train towards: one probability per root action."""
-        return self._algorithm.policy_target()
+    def policy_target(self, node: int = 0) -> Sequence[float]:
+        """The policy to train towards: one probability per action of a node."""
+        return self._algorithm.policy_target(node)
+
+    def returns(self) -> Sequence[float]:
+        """By node: the discounted return of the most visited actions from there on."""
+        return tree_returns(self._tree)
 
     def root_value(self) -> float:
         """V(root)."""
