@@ -1,6 +1,5 @@
 import asyncio
 import dataclasses
-import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 
 from rollout.errors import BootError
 from rollout.sandbox.microvm.machine import MachineShape, Start, qemu_argv
-from rollout.sandbox.microvm.pool import Demand, DormantPool
+from rollout.sandbox.microvm.pool import Demand, Ready, VmmPool
 
 START = Start(binary="qemu", ram=Path("/ram"), share=False, qmp_fd=100, guest_fd=101, state_fd=102)
 
@@ -65,14 +64,12 @@ class FakeVmm:
     """As much of a VMM as a pool touches."""
 
     def __init__(self) -> None:
-        self.channel, self._other = socket.socketpair()
         self.is_killed = False
         self.child = self
         self.has_ended = False
 
     def kill(self) -> None:
         self.is_killed = True
-        self._other.close()
 
 
 async def test_a_pool_refills_off_the_path_and_ends_what_it_holds() -> None:
@@ -83,18 +80,41 @@ async def test_a_pool_refills_off_the_path_and_ends_what_it_holds() -> None:
         made.append(FakeVmm())
         return made[-1]
 
-    pool = DormantPool(start, Demand(low=3, high=5))
-    first = await pool.take()
+    pool = VmmPool(start, Demand(low=3, high=5))
+    first = (await pool.take()).vmm
     while pool.num_ready < 3:
         await asyncio.sleep(0.001)
-    taken = [await pool.take() for _ in range(3)]
+    taken = [(await pool.take()).vmm for _ in range(3)]
     assert len({id(vmm) for vmm in (first, *taken)}) == 4, "one VMM was handed out twice"
     await pool.close()
     await pool.close()
     assert all(vmm.is_killed for vmm in made if vmm not in (first, *taken))
     for vmm in (first, *taken):
         vmm.kill()
-        vmm.channel.close()
+
+
+async def test_a_pool_prefers_what_has_run_and_keeps_no_more_than_it_needs() -> None:
+    made: list[FakeVmm] = []
+
+    async def start() -> FakeVmm:
+        made.append(FakeVmm())
+        return made[-1]
+
+    pool = VmmPool(start, Demand(low=2, high=2))
+    used = [await pool.take() for _ in range(3)]
+    while pool.num_ready < 2:
+        await asyncio.sleep(0.001)
+    for ready in used:
+        pool.give_back(ready)
+    assert pool.num_ready == 2
+    assert [ready.vmm.is_killed for ready in used] == [False, False, True]
+    assert (await pool.take(dormant=False)).vmm is used[1].vmm
+    fresh = await pool.take(dormant=True)
+    assert fresh.vmm not in [ready.vmm for ready in used]
+    await pool.close()
+    pool.give_back(Ready(fresh.vmm))
+    used[1].vmm.kill()
+    assert all(vmm.is_killed for vmm in made)
 
 
 async def test_a_pool_hands_out_no_dead_vmm() -> None:
@@ -104,26 +124,25 @@ async def test_a_pool_hands_out_no_dead_vmm() -> None:
         made.append(FakeVmm())
         return made[-1]
 
-    pool = DormantPool(start, Demand(low=2, high=2))
-    taken = [await pool.take()]
+    pool = VmmPool(start, Demand(low=2, high=2))
+    taken = [(await pool.take()).vmm]
     while pool.num_ready < 2:
         await asyncio.sleep(0.001)
     made[1].has_ended = made[2].has_ended = True
-    taken.append(await pool.take())
+    taken.append((await pool.take()).vmm)
     assert not taken[1].has_ended
     assert made[1].is_killed
     assert made[2].is_killed
     await pool.close()
     for vmm in taken:
         vmm.kill()
-        vmm.channel.close()
 
 
 async def test_a_pool_that_cannot_start_says_so_to_who_takes() -> None:
     async def start() -> FakeVmm:
         raise BootError("no VMM today")
 
-    pool = DormantPool(start, Demand(low=1, high=1))
+    pool = VmmPool(start, Demand(low=1, high=1))
     with pytest.raises(BootError, match="today"):
         await pool.take()
     await pool.close()

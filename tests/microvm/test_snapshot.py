@@ -12,6 +12,9 @@ from rollout.sandbox.microvm.snapshot import MAX_BLOCKS, PageBlock, RawCache, Sn
 from rollout.sandbox.microvm.vmm import RawState
 
 CACHE_BYTES = 1 << 20
+BASE = np.random.default_rng(7).integers(0, 256, (64, GUEST_PAGE_BYTES), np.uint8)
+BASE[:8] = 0  # a page that nobody had used
+BASE_PAGES = np.concatenate([BASE, np.zeros((64, GUEST_PAGE_BYTES), np.uint8)])
 
 
 def raw_state(contents: dict[int, int]) -> RawState:
@@ -27,7 +30,7 @@ def lineage(states: Sequence[dict[int, int]], cache: RawCache) -> list[Snapshot]
     snapshots: list[Snapshot] = []
     origin = Snapshot.at_base(b"devices")
     for state in states:
-        origin = Snapshot.of(raw_state(state), origin, cache)
+        origin = Snapshot.of(raw_state(state), origin, cache, BASE_PAGES)
         snapshots.append(origin)
     return snapshots
 
@@ -43,7 +46,7 @@ def test_every_snapshot_of_a_lineage_is_whole(steps: list[dict[int, int]], cache
     cache = RawCache(cache_pages * GUEST_PAGE_BYTES)
     for snapshot, expected in zip(lineage(states, cache), states, strict=True):
         assert snapshot.page_numbers.tolist() == sorted(expected)
-        assert np.array_equal(snapshot.unpack_pages(cache), raw_state(expected).pages)
+        assert np.array_equal(snapshot.unpack_pages(cache, BASE_PAGES), raw_state(expected).pages)
         assert len(snapshot.blocks) <= MAX_BLOCKS
         assert snapshot.unpack_device_state() == b"devices"
 
@@ -64,7 +67,7 @@ def test_a_child_outlives_its_discarded_parent() -> None:
     snapshots = lineage([{1: 1}, {1: 1, 2: 2}], cache)
     child = snapshots.pop()
     snapshots.clear()
-    assert np.array_equal(child.unpack_pages(cache), raw_state({1: 1, 2: 2}).pages)
+    assert np.array_equal(child.unpack_pages(cache, BASE_PAGES), raw_state({1: 1, 2: 2}).pages)
 
 
 def damaged(block: PageBlock) -> PageBlock:
@@ -80,8 +83,10 @@ def damaged(block: PageBlock) -> PageBlock:
         damaged,
         lambda block: dataclasses.replace(block, compressed=block.compressed[:-9]),
         lambda block: dataclasses.replace(block, compressed=b""),
-        lambda block: dataclasses.replace(block, num_pages=block.num_pages + 1),
-        lambda block: PageBlock(1, PageBlock.of(np.ones((1, 4096), np.uint8)).compressed, block.checksum),
+        lambda block: dataclasses.replace(block, page_numbers=np.arange(len(block.page_numbers) + 1)),
+        lambda block: dataclasses.replace(
+            block, compressed=PageBlock.of(block.page_numbers, BASE[: block.num_pages], BASE_PAGES).compressed
+        ),
     ],
     ids=["altered", "truncated", "empty", "short", "swapped"],
 )
@@ -89,13 +94,54 @@ def test_a_damaged_block_is_refused(harm) -> None:
     [snapshot] = lineage([{1: 1, 2: 2}], RawCache(0))
     broken = dataclasses.replace(snapshot, blocks=tuple(harm(block) for block in snapshot.blocks))
     with pytest.raises(CheckpointError, match="damaged"):
-        broken.unpack_pages(RawCache(0))
+        broken.unpack_pages(RawCache(0), BASE_PAGES)
 
 
 def test_damaged_device_state_is_refused() -> None:
     snapshot = dataclasses.replace(Snapshot.at_base(b"devices"), device_state=b"garbage")
     with pytest.raises(CheckpointError, match="damaged"):
         snapshot.unpack_device_state()
+
+
+def memory_of(contents: dict[int, int]) -> dict[int, bytes]:
+    raw = raw_state(contents)
+    written = dict(zip(raw.page_numbers.tolist(), raw.pages, strict=True))
+    return {number: written.get(number, BASE_PAGES[number]).tobytes() for number in range(len(BASE_PAGES))}
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(changes, min_size=2, max_size=MAX_BLOCKS + 3), data=st.data())
+def test_changes_lead_from_anywhere_to_anywhere(steps: list[dict[int, int]], data: st.DataObject) -> None:
+    state: dict[int, int] = {}
+    states = [state := {**state, **step} for step in steps]
+    cache = RawCache(CACHE_BYTES)
+    snapshots = [Snapshot.at_base(b"devices"), *lineage(states, cache)]
+    states = [{}, *states]
+    places = st.integers(0, len(states) - 1)
+    now, then = data.draw(places), data.draw(places)
+    read = raw_state(states[now])
+    for numbers, pages in (
+        snapshots[then].changes_since(snapshots[now], cache, BASE_PAGES),
+        snapshots[then].changes_from(read.page_numbers, read.pages, cache, BASE_PAGES),
+    ):
+        assert (np.diff(numbers.astype(np.int64)) > 0).all()
+        memory = memory_of(states[now])
+        memory.update({number: page.tobytes() for number, page in zip(numbers.tolist(), pages, strict=True)})
+        assert memory == memory_of(states[then])
+
+
+def test_pages_that_hold_what_the_base_holds_are_left_out() -> None:
+    raw = raw_state({1: 1, 9: 9, 20: 20})
+    raw.pages[1] = BASE_PAGES[9]
+    snapshot = Snapshot.of(raw, None, RawCache(CACHE_BYTES), BASE_PAGES)
+    assert snapshot.page_numbers.tolist() == [1, 20]
+
+
+def test_a_changed_word_takes_few_bytes() -> None:
+    raw = raw_state(dict.fromkeys(range(10, 40), 0))
+    raw.pages[:] = BASE_PAGES[raw.page_numbers]
+    raw.pages[:, 100] += 1
+    assert Snapshot.of(raw, None, RawCache(CACHE_BYTES), BASE_PAGES).blocks[0].compressed.__sizeof__() < 2000
 
 
 def test_the_cache_keeps_its_budget() -> None:

@@ -42,6 +42,8 @@ CHECKS: Final[tuple[Check, ...]] = (
     episodes.check_playout,
     episodes.check_state_hash,
     forks.check_checkpoint,
+    forks.check_checkpoint_again,
+    forks.check_another_life,
     forks.check_depth,
     forks.check_siblings,
     forks.check_exactly_n,

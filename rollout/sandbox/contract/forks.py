@@ -44,6 +44,35 @@ async def check_checkpoint(engine: Engine) -> None:
     require(again.parent_id == checkpoint.id and again.id != checkpoint.id, "checkpoints form a tree")
 
 
+async def check_checkpoint_again(engine: Engine) -> None:
+    """One sandbox is saved again and again, and every one of its checkpoints is whole."""
+    sandbox = await lake(engine, seed=5)
+    checkpoints = [await sandbox.checkpoint()]
+    for _ in range(3):
+        await play(sandbox, [1])
+        checkpoints.append(await sandbox.checkpoint())
+    expected = await play(sandbox, [2, 1])
+    [last] = await engine.fork(checkpoints[3], 1, randomness=[INHERIT])
+    require(await play(last, [2, 1]) == expected, "the last checkpoint goes on as its sandbox did")
+    [first] = await engine.fork(checkpoints[0], 1, randomness=[INHERIT])
+    require((await play(first, [1, 1, 1, 2, 1]))[-2:] == expected, "and the first replays what followed it")
+
+
+async def check_another_life(engine: Engine) -> None:
+    """A clone made after another has ended is as one made before: nothing of that life is in it."""
+    sandbox = await lake(engine, seed=5)
+    checkpoint = await sandbox.checkpoint()
+    expected = await play(sandbox, [1, 2])
+    for number in range(3):
+        [clone] = await engine.fork(checkpoint, 1, randomness=[INHERIT])
+        await error_of(clone.read_file("mine"), GuestError)
+        require(await play(clone, [1, 2]) == expected, "each clone begins where the checkpoint was")
+        await clone.write_file("mine", bytes([number]) * (1 << 20))
+        if number % 2:
+            await clone.checkpoint()
+        await clone.kill()
+
+
 async def check_depth(engine: Engine) -> None:
     """Forks of forks: each has all of its ancestors' state, and earlier checkpoints stay what they were."""
     sandbox = await lake(engine, seed=9)

@@ -24,7 +24,8 @@ from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError, CapacityError, CheckpointError, ForkError, RolloutError
 from rollout.sandbox.base import Capabilities, Checkpoint, PhaseTimings, Sandbox
 from rollout.sandbox.client import GuestClient
-from rollout.sandbox.microvm.pool import discard
+from rollout.sandbox.microvm.memory import Pages
+from rollout.sandbox.microvm.pool import Ready
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox, Waking
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.stock import Stock, Stocks
@@ -71,6 +72,7 @@ class MicroVMEngine:
         self._snapshots: dict[str, tuple[Snapshot, Stock]] = {}
         self._cache = RawCache(_RAW_CACHE_BYTES)
         self._stock_of: dict[str, Stock] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
         self._names = itertools.count()
         self._prefix = secrets.token_hex(4)
         self._is_closed = False
@@ -174,10 +176,11 @@ class MicroVMEngine:
             CheckpointError: The VMM is gone or does not give its state.
         """
         timeout_s = self._config.checkpoint_timeout_s
+        pages = self._stock_of[sandbox.id].pages
 
         def work() -> tuple[Snapshot, float]:
             raw = vmm.save(timeout_s, resume=False)
-            return Snapshot.of(raw, sandbox.origin, self._cache), raw.pause_s
+            return Snapshot.of(raw, sandbox.origin, self._cache, pages), raw.pause_s
 
         with self._timed("checkpoint"):
             snapshot, pause_s = await self.in_thread(work)
@@ -206,23 +209,37 @@ class MicroVMEngine:
         """
         stock = self._stock_of[sandbox.id]
         with self._timed("start"):
-            vmm = await stock.pool.take()
+            ready = await stock.pool.take()
+        if not ready.vmm.is_dormant:
+            try:
+                with self._timed("rewind"):
+                    return await self._shake_hands(sandbox, stock, ready, snapshot, randomness)
+            except ForkError:  # whatever its earlier life left in it: a new one has none
+                with self._timed("start"):
+                    ready = await stock.pool.take(dormant=True)
+        with self._timed("restore"):
+            return await self._shake_hands(sandbox, stock, ready, snapshot, randomness)
+
+    async def _shake_hands(
+        self,
+        sandbox: MicroVMSandbox,
+        stock: Stock,
+        ready: Ready,
+        snapshot: Snapshot,
+        randomness: Randomness,
+    ) -> Waking:
+        """Makes a waiting VMM into a snapshot that has confirmed its handshake; kills it if that fails."""
+        vmm, timeout_s = ready.vmm, self._config.fork_timeout_s
         try:
-            with self._timed("restore"):
-                await self.in_thread(lambda: _assign(vmm, snapshot, self._cache, self._config.fork_timeout_s))
-            client = await GuestClient.connect(vmm.channel)
+            await self.in_thread(lambda: _become(ready, snapshot, self._cache, stock.pages, timeout_s))
+            client = await GuestClient.connect(vmm.channel.dup())
         except BaseException:
-            discard(vmm)
+            vmm.kill()
             raise
         try:
             with self._timed("handshake"):
                 sandbox.generation += 1
-                await client.hello(
-                    sandbox.generation,
-                    randomness,
-                    hostname=sandbox.id,
-                    timeout_s=self._config.fork_timeout_s,
-                )
+                await client.hello(sandbox.generation, randomness, hostname=sandbox.id, timeout_s=timeout_s)
         except BaseException as error:
             vmm.kill()
             await asyncio.shield(client.close())
@@ -232,6 +249,27 @@ class MicroVMEngine:
                 ) from error
             raise
         return Waking(vmm, client)
+
+    async def release(self, sandbox: MicroVMSandbox, waking: Waking, content: Snapshot | None) -> None:
+        """Keeps the VMM of a dying sandbox for the next one, if it can be put back."""
+        stock = self._stock_of.get(sandbox.id)
+        await waking.client.close()
+        if self._is_closed or stock is None or not self._config.reuse_vmms:
+            waking.vmm.kill()
+            return
+        retiring = asyncio.create_task(self._retire(stock, Ready(waking.vmm, content)))
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+
+    async def _retire(self, stock: Stock, ready: Ready) -> None:
+        try:
+            can_go_back = await self.in_thread(lambda: ready.vmm.retire(self._config.fork_timeout_s))
+        except (CheckpointError, OSError):  # it has ended, or will now
+            can_go_back = False
+        if can_go_back:
+            stock.pool.give_back(ready)
+        else:
+            ready.vmm.kill()
 
     def forget(self, sandbox: MicroVMSandbox) -> None:
         """A sandbox is dead."""
@@ -306,14 +344,25 @@ class MicroVMEngine:
     async def _close(self) -> None:
         for sandbox in list(self._sandboxes.values()):
             await sandbox.kill()
+        if self._retiring:
+            await asyncio.wait(self._retiring)
         await self._stocks.close()
         self._snapshots.clear()
         self._workers.shutdown(wait=True)
 
 
-def _assign(vmm: Vmm, snapshot: Snapshot, cache: RawCache, timeout_s: float) -> None:
-    pages = snapshot.unpack_pages(cache)
-    vmm.assign(snapshot.unpack_device_state(), snapshot.page_numbers, pages, timeout_s)
+def _become(ready: Ready, snapshot: Snapshot, cache: RawCache, base_pages: Pages, timeout_s: float) -> None:
+    """Makes a waiting VMM into a snapshot."""
+    vmm, state = ready.vmm, snapshot.unpack_device_state()
+    if vmm.is_dormant:
+        vmm.assign(state, snapshot.page_numbers, snapshot.unpack_pages(cache, base_pages), timeout_s)
+        return
+    if ready.content is not None:
+        numbers, pages = snapshot.changes_since(ready.content, cache, base_pages)
+    else:
+        private = vmm.memory.private_pages()
+        numbers, pages = snapshot.changes_from(private, vmm.memory.read(private), cache, base_pages)
+    vmm.rewind(state, numbers, pages, timeout_s)
 
 
 async def _end_all(tasks: Sequence[asyncio.Task[MicroVMSandbox]]) -> None:

@@ -77,6 +77,8 @@ class Start:
         initrd: Initial file system of the kernel.
         tsc_khz: Rate of the time-stamp counter, told to the kernel; None lets it find out.
         firmware: Raw firmware to run instead of a kernel: guests without an operating system.
+        rewind_fds: Disk of the states that it is put back to, and socket of the qtest protocol; None for the
+            VM that makes a base.
     """
 
     binary: str
@@ -90,6 +92,7 @@ class Start:
     initrd: Path | None = None
     tsc_khz: int | None = None
     firmware: Path | None = None
+    rewind_fds: tuple[int, int] | None = None
 
 
 def qemu_argv(shape: MachineShape, start: Start) -> list[str]:
@@ -107,6 +110,8 @@ def qemu_argv(shape: MachineShape, start: Start) -> list[str]:
         *("-sandbox", _SANDBOX),
     ]
     argv += _devices(start)
+    if start.rewind_fds is not None:
+        argv += _rewinding(*start.rewind_fds)
     if start.firmware is not None:
         argv += ["-bios", str(start.firmware)]
     if start.kernel is None:
@@ -133,5 +138,17 @@ def _devices(start: Start) -> list[str]:
     ]
 
 
+def _rewinding(disk_fd: int, memset_fd: int) -> list[str]:
+    """What `Rewinder` needs: no device among them, so the guest sees nothing of it."""
+    file = f"file.driver=file,file.locking=off,file.filename=/dev/fdset/{_DISK_SET}"
+    disk = f"driver=qcow2,node-name=states,{file}"
+    return [
+        *("-add-fd", f"fd={disk_fd},set={_DISK_SET}", "-blockdev", disk),
+        *("-chardev", f"socket,id=qtest,fd={memset_fd}"),
+        *("-qtest", "chardev:qtest", "-qtest-log", "/dev/null"),
+    ]
+
+
+_DISK_SET = 2
 STATE_SET = 1
 """QEMU's descriptor set of the file that device state is saved to: `/dev/fdset/1`."""

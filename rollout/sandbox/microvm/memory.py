@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from rollout.errors import CheckpointError
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES
 
-__all__ = ["GuestMemory", "Pages", "has_pagemap_scan"]
+__all__ = ["GuestMemory", "PageNumbers", "Pages", "has_pagemap_scan", "map_pages", "runs"]
 
 Pages = NDArray[np.uint8]
 """Page contents, shape [num_pages, 4096]."""
@@ -141,7 +142,7 @@ class GuestMemory:
         """One vector for each run of neighbouring pages, on the remote side; the local side is one piece."""
         if not len(numbers):
             return
-        firsts, lengths = _runs(numbers)
+        firsts, lengths = runs(numbers)
         remote = np.empty((len(firsts), 2), np.uint64)
         remote[:, 0] = firsts.astype(np.uint64) * GUEST_PAGE_BYTES + self.start
         remote[:, 1] = lengths.astype(np.uint64) * GUEST_PAGE_BYTES
@@ -163,8 +164,7 @@ class GuestMemory:
             regions, position = _scan(fd, position, self.end)
             found.append(regions)
         regions = (np.concatenate(found) - np.uint64(self.start)) // np.uint64(GUEST_PAGE_BYTES)
-        parts = [np.arange(first, last, dtype=np.uint32) for first, last in regions.tolist()]
-        return np.concatenate(parts) if parts else np.empty(0, np.uint32)
+        return _numbers(regions[:, 0], regions[:, 1])
 
     def _read_pagemap(self, fd: int) -> PageNumbers:
         num_pages = (self.end - self.start) // GUEST_PAGE_BYTES
@@ -193,7 +193,29 @@ def _scan(fd: int, start: int, end: int) -> tuple[NDArray[np.uint64], int]:
     return out[:count, :2], walk_end
 
 
-def _runs(numbers: PageNumbers) -> tuple[PageNumbers, NDArray[np.int64]]:
+def _numbers(firsts: NDArray[np.uint64], ends: NDArray[np.uint64]) -> PageNumbers:
+    """The page numbers of ascending regions [first, end)."""
+    if not len(firsts):
+        return np.empty(0, np.uint32)
+    lengths = ends - firsts
+    begins = np.cumsum(lengths) - lengths  # where each region's pages begin in the result
+    return (np.repeat(firsts - begins, lengths.astype(np.int64)) + np.arange(lengths.sum())).astype(np.uint32)
+
+
+def map_pages(ram_fd: int, size_bytes: int) -> Pages:
+    """The pages of a base, read where they are, shape [num_pages, 4096].
+
+    Raises:
+        OSError: They cannot be mapped.
+    """
+    # Private: a sealed file admits no shared mapping on older kernels, and nobody writes to this one.
+    mapping = mmap.mmap(ram_fd, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    return np.frombuffer(mapping, np.uint8).reshape(-1, GUEST_PAGE_BYTES)
+
+
+def runs(numbers: PageNumbers) -> tuple[PageNumbers, NDArray[np.int64]]:
     """Splits ascending page numbers into runs of neighbours: first numbers and lengths."""
+    if not len(numbers):
+        return numbers, np.empty(0, np.int64)
     starts = np.flatnonzero(np.diff(numbers, prepend=np.uint32(numbers[0] + 2)) != 1)
     return numbers[starts], np.diff(starts, append=len(numbers))

@@ -1,6 +1,9 @@
-"""Dormant VMMs: started ahead on a base, so that a fork waits for none.
+"""VMMs that wait to become a checkpoint of their base, so that a fork waits for none.
 
-`Demand` is pure: it turns the recent takes of a base into the number of VMMs to keep ready. `DormantPool`
+Two kinds wait. Dormant ones were started ahead and have never run. Retired ones were left by a sandbox that
+ended; they are put back, which is far cheaper where a VMM translates code, so they are taken first.
+
+`Demand` is pure: it turns the recent takes of a base into the number of VMMs to keep ready. `VmmPool`
 acts on it: it refills in worker threads, off the path of whoever takes.
 """
 
@@ -13,9 +16,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from rollout.errors import BootError
+from rollout.sandbox.microvm.snapshot import Snapshot
 from rollout.sandbox.microvm.vmm import Vmm
 
-__all__ = ["Demand", "DormantPool"]
+__all__ = ["Demand", "Ready", "VmmPool"]
 
 
 @dataclass(slots=True)
@@ -49,8 +53,21 @@ class Demand:
         return min(self.high, max(self.low, math.ceil(rate_per_s * self.start_s), burst))
 
 
-class DormantPool:
-    """The dormant VMMs of one base.
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A VMM that waits.
+
+    Attributes:
+        vmm: Dormant, or stopped.
+        content: What a stopped one's memory is known to hold; None if that must be read.
+    """
+
+    vmm: Vmm
+    content: Snapshot | None = None
+
+
+class VmmPool:
+    """The waiting VMMs of one base.
 
     Args:
         start: Starts one; raises `BootError`.
@@ -60,54 +77,64 @@ class DormantPool:
     def __init__(self, start: Callable[[], Awaitable[Vmm]], demand: Demand) -> None:
         self._start = start
         self._demand = demand
-        self._ready: list[Vmm] = []
+        self._dormant: list[Ready] = []
+        self._retired: list[Ready] = []
         self._refill: asyncio.Task[None] | None = None
         self._is_closed = False
 
     @property
     def num_ready(self) -> int:
         """VMMs that wait."""
-        return len(self._ready)
+        return len(self._dormant) + len(self._retired)
 
     def announce(self, n: int) -> None:
         """Says that n are about to be taken at once."""
         self._demand.note_take(asyncio.get_running_loop().time(), n)
 
-    async def take(self) -> Vmm:
-        """A dormant VMM: a ready one that still lives, or one started now. The caller owns it.
+    async def take(self, *, dormant: bool = False) -> Ready:
+        """A waiting VMM that still lives, or one started now. The caller owns it.
+
+        Args:
+            dormant: Only one that has never run.
 
         Raises:
             BootError: It could not be started.
         """
-        vmm: Vmm | None = None
-        while self._ready and vmm is None:
-            candidate = self._ready.pop()
-            if candidate.child.has_ended:  # the kernel's out-of-memory killer, or somebody's hand
-                discard(candidate)
-            else:
-                vmm = candidate
+        found = None if dormant else _pop_living(self._retired)
+        found = found or _pop_living(self._dormant)
         self._keep_filled()
-        return vmm if vmm is not None else await self._start_one()
+        return found or Ready(await self._start_one())
+
+    def give_back(self, ready: Ready) -> None:
+        """Takes a VMM that its user has no more use for, or ends it if enough are waiting."""
+        enough = max(self._demand.target(asyncio.get_running_loop().time()), 1)
+        if self._is_closed or len(self._retired) >= enough:
+            ready.vmm.kill()
+            return
+        self._retired.append(ready)
+        if self.num_ready > enough and self._dormant:
+            self._dormant.pop().vmm.kill()
 
     async def close(self) -> None:
-        """Ends the dormant ones. Idempotent."""
+        """Ends those that wait. Idempotent."""
         self._is_closed = True
         if self._refill is not None:
             await self._refill
-        while self._ready:
-            discard(self._ready.pop())
+        for waiting in (self._dormant, self._retired):
+            while waiting:
+                waiting.pop().vmm.kill()
 
     def _keep_filled(self) -> None:
         if self._is_closed or (self._refill is not None and not self._refill.done()):
             return
-        if len(self._ready) < self._demand.target(asyncio.get_running_loop().time()):
+        if self.num_ready < self._demand.target(asyncio.get_running_loop().time()):
             self._refill = asyncio.create_task(self._fill())
 
     async def _fill(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self._is_closed and len(self._ready) < self._demand.target(loop.time()):
+        while not self._is_closed and self.num_ready < self._demand.target(loop.time()):
             try:
-                self._ready.append(await self._start_one())
+                self._dormant.append(Ready(await self._start_one()))
             except BootError:
                 return  # the next take starts its own, and reports why it cannot
 
@@ -117,12 +144,16 @@ class DormantPool:
         vmm = await self._start()
         self._demand.note_start(loop.time() - begun_s)
         if self._is_closed:
-            discard(vmm)
+            vmm.kill()
             raise BootError("the engine is closed")
         return vmm
 
 
-def discard(vmm: Vmm) -> None:
-    """Ends a VMM that nobody owns, channel included."""
-    vmm.kill()
-    vmm.channel.close()
+def _pop_living(waiting: list[Ready]) -> Ready | None:
+    """The last one that the kernel's out-of-memory killer, or somebody's hand, has not ended."""
+    while waiting:
+        ready = waiting.pop()
+        if not ready.vmm.child.has_ended:
+            return ready
+        ready.vmm.kill()
+    return None

@@ -62,6 +62,10 @@ class Owner(Protocol):
         """The sandbox is dead."""
         ...
 
+    async def release(self, sandbox: MicroVMSandbox, waking: Waking, content: Snapshot | None) -> None:
+        """Takes the machine of a dying sandbox, for another use; nothing else uses it any more."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Waking:
@@ -100,6 +104,7 @@ class MicroVMSandbox:
         self._call_timeout_s = call_timeout_s
         self._waking: Waking | None = None
         self._is_parked = False
+        self._is_as_saved = False
         self._is_dead = False
         self._keeps_running = False
         self._in_flight = 0
@@ -136,7 +141,7 @@ class MicroVMSandbox:
     def attach(self, waking: Waking) -> None:
         """Gives it the machine that it is from now on."""
         self._waking = waking
-        self._is_parked = False
+        self._is_parked = self._is_as_saved = False
         self._plan_parking()
 
     def keep_running(self, keep: bool) -> None:
@@ -212,11 +217,15 @@ class MicroVMSandbox:
         self._is_dead = True
         if self._park_timer is not None:
             self._park_timer.cancel()
-        self._owner.forget(self)
         if (waking := self._waking) is not None:
             self._waking = None
-            waking.vmm.kill()
-            await asyncio.shield(waking.client.close())
+            # A worker thread may be at it, or the guest in the middle of an answer: then nobody can reuse it.
+            if self._changing.locked() or self._in_flight or waking.client.failure is not None:
+                await self._end(waking)
+            else:
+                content = self.origin if self._is_as_saved else None
+                await asyncio.shield(self._owner.release(self, waking, content))
+        self._owner.forget(self)
 
     async def __aenter__(self) -> Self:
         return self
@@ -273,7 +282,7 @@ class MicroVMSandbox:
         except BaseException:
             await self.kill()  # it may stand still for ever, or be gone
             raise
-        self._is_parked = True
+        self._is_parked = self._is_as_saved = True
 
     async def _resume(self, waking: Waking) -> None:
         try:
@@ -281,7 +290,7 @@ class MicroVMSandbox:
         except RolloutError as error:
             await self.kill()
             raise GuestError(f"sandbox {self._id} is gone: {error.message}", retryable=True) from error
-        self._is_parked = False
+        self._is_parked = self._is_as_saved = False
 
     async def _end(self, waking: Waking) -> None:
         waking.vmm.kill()

@@ -1,4 +1,4 @@
-"""What clones of an image are made from: its base, the launcher, and the dormant VMMs on it.
+"""What clones of an image are made from: its base, the launcher, and the VMMs that wait on it.
 
 An engine gets the stock of an image the first time that it boots it. Making one finds the QEMU binary,
 decides the accelerator, loads the base (or boots a machine, warms it up and keeps its memory), and starts
@@ -12,7 +12,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,8 @@ from rollout.sandbox.client import GuestClient
 from rollout.sandbox.image.store import Image, ImageStore
 from rollout.sandbox.microvm.base import Base, BaseStore, base_key, new_memory_file
 from rollout.sandbox.microvm.machine import MachineShape
-from rollout.sandbox.microvm.memory import has_pagemap_scan
-from rollout.sandbox.microvm.pool import Demand, DormantPool
+from rollout.sandbox.microvm.memory import Pages, has_pagemap_scan, map_pages
+from rollout.sandbox.microvm.pool import Demand, VmmPool
 from rollout.sandbox.microvm.probe import choose_accel, qemu_binary
 from rollout.sandbox.microvm.snapshot import Snapshot
 from rollout.sandbox.microvm.spawner import Spawner
@@ -61,14 +60,16 @@ class Stock:
     Attributes:
         base: Shared memory.
         snapshot: The base itself, as a snapshot without pages.
-        pool: Dormant VMMs.
+        pages: The base's pages, shape [num_pages, 4096].
+        pool: VMMs that wait.
         fingerprint: Of every checkpoint on this base.
         image_digest: The image.
     """
 
     base: Base
     snapshot: Snapshot
-    pool: DormantPool
+    pages: Pages
+    pool: VmmPool
     fingerprint: str
     image_digest: str
 
@@ -86,7 +87,6 @@ class Stocks:
         self._accel: str | None = None
         self._stocks: dict[str, Stock] = {}
         self._making = asyncio.Lock()
-        self._closing = threading.Event()
 
     def capabilities(self) -> Capabilities:
         """What the engine offers on this machine."""
@@ -116,7 +116,7 @@ class Stocks:
             return stock
 
     async def close(self) -> None:
-        """Ends the dormant VMMs and the launcher. Idempotent."""
+        """Ends the waiting VMMs and the launcher. Idempotent."""
         for stock in self._stocks.values():
             await stock.pool.close()
         if self._spawner is not None:
@@ -158,8 +158,9 @@ class Stocks:
             )
 
         fingerprint = hashlib.sha256(f"{shape.fingerprint(version)}:{base.digest}".encode()).hexdigest()[:32]
-        pool = DormantPool(start, Demand(low=_POOL_LOW, high=_POOL_HIGH))
-        return Stock(base, Snapshot.at_base(base.device_state), pool, fingerprint, image.digest)
+        pool = VmmPool(start, Demand(low=_POOL_LOW, high=_POOL_HIGH))
+        pages = map_pages(base.ram_fd, shape.memory_bytes)
+        return Stock(base, Snapshot.at_base(base.device_state), pages, pool, fingerprint, image.digest)
 
     async def _base(
         self, key: str, image: Image, shape: MachineShape, files: BootFiles, spawner: Spawner
@@ -189,7 +190,7 @@ class Stocks:
                 spawner, shape, files, fd, make_base=True, use_scan=self._use_scan, timeout_s=timeout_s
             )
         )
-        client = await GuestClient.connect(vmm.channel)
+        client = await GuestClient.connect(vmm.channel.dup())
         try:
             await client.hello(0, Randomness(), hostname="base", timeout_s=timeout_s)
             for command in self._image_config.warm_up:

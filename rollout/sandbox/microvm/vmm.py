@@ -3,30 +3,41 @@
 One thread at a time may use a VMM.
 
 Life: dormant (a base mapped, no state) → running ⇄ stopped → dead. A dormant VMM becomes any checkpoint of
-its base: pages go into its memory first, because loading device state reads the queues in it, then the
+its base, once, by an incoming migration; one that has run becomes any other by a rewind, again and again.
+Either way pages go into its memory first, because loading device state reads the queues in it, then the
 device state, and then the vCPU runs. All errors of the monitor end here, as `ForkError` or
 `CheckpointError`; after one the VMM must be killed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import socket
+import termios
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from rollout.errors import BootError, CheckpointError, ForkError
+from rollout.sandbox.microvm.device_state import without_code_flush
+from rollout.sandbox.microvm.ends import VmmEnds
 from rollout.sandbox.microvm.launcher import FIRST_FD
 from rollout.sandbox.microvm.machine import STATE_SET, MachineShape, Start, qemu_argv
 from rollout.sandbox.microvm.memory import GuestMemory, PageNumbers, Pages
 from rollout.sandbox.microvm.qmp import QmpClient, QmpError
+from rollout.sandbox.microvm.rewind import Rewinder
 from rollout.sandbox.microvm.spawner import Child, Spawner
 from rollout.sandbox.microvm.tsc import measure_tsc_khz
 
 __all__ = ["BootFiles", "RawState", "Vmm"]
 
 _MAX_STATE_BYTES = 16 << 20
+_INTERRUPTS, _INTERRUPT_S = 3, 0.0005
+"""How often and how long a machine may go on to take a pending interrupt before it is saved."""
+_MAX_REWINDS = 1000
+"""Uses of one process, so that whatever QEMU might not give back stays bounded."""
 _LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
 
 
@@ -70,7 +81,8 @@ class Vmm:
     """A QEMU process. Make it with `start`; end it with `kill`.
 
     Attributes:
-        channel: Socket to the guest's agent; whoever takes it closes it.
+        channel: Socket to the guest's agent; users take a `dup` of it.
+        is_dormant: It has no state yet.
     """
 
     def __init__(
@@ -78,16 +90,20 @@ class Vmm:
         child: Child,
         qmp: QmpClient,
         channel: socket.socket,
-        state_fd: int,
+        state_fds: tuple[int, int],
         ram_fd: int,
         size_bytes: int,
+        rewinder: Rewinder | None,
         *,
         use_scan: bool,
     ) -> None:
         self.child = child
         self.channel = channel
+        self.is_dormant = rewinder is not None
         self._qmp = qmp
-        self._state_fd = state_fd
+        self._state_fds = state_fds
+        self._rewinder = rewinder
+        self._num_rewinds = 0
         self._ram_fd = ram_fd
         self._size_bytes = size_bytes
         self._use_scan = use_scan
@@ -113,11 +129,8 @@ class Vmm:
         Raises:
             BootError: It did not come up in time; its own last words are in the message.
         """
-        qmp, their_qmp = socket.socketpair()
-        channel, their_channel = socket.socketpair()
-        state_fd = os.memfd_create("vmm-state", os.MFD_CLOEXEC)
-        write_fd = os.open(f"/proc/self/fd/{state_fd}", os.O_WRONLY | os.O_CLOEXEC)
         boots = make_base and files.kernel is not None
+        ends = VmmEnds.open(rewinder=None if make_base else Rewinder(forgets_code=shape.accel == "tcg"))
         start = Start(
             binary=files.binary,
             ram=Path(f"/proc/self/fd/{FIRST_FD + 3}"),
@@ -130,30 +143,26 @@ class Vmm:
             initrd=files.initrd if boots else None,
             tsc_khz=measure_tsc_khz() if boots and shape.accel == "tcg" else None,
             firmware=files.firmware if make_base else None,
+            rewind_fds=None if make_base else (FIRST_FD + 4, FIRST_FD + 5),
         )
         child: Child | None = None
-        client = QmpClient(qmp)
+        client = QmpClient(ends.qmp)
         try:
-            fds = [their_qmp.fileno(), their_channel.fileno(), write_fd, ram_fd]
-            child = spawner.spawn(qemu_argv(shape, start), fds, _LIMITS)
-            their_qmp.close()
-            their_channel.close()
+            child = spawner.spawn(qemu_argv(shape, start), ends.far_fds(ram_fd), _LIMITS)
+            ends.has_started()
             client.negotiate(timeout_s)
         except (QmpError, BootError) as error:
-            their_qmp.close()
-            their_channel.close()
-            client.close()
-            channel.close()
-            os.close(state_fd)
+            ends.close()
             if child is None:
                 raise
             words = child.log()
             child.kill()
             child.close()
             raise BootError(f"the VMM did not start: {error}; it said: {words}", retryable=True) from error
-        finally:
-            os.close(write_fd)
-        return cls(child, client, channel, state_fd, ram_fd, shape.memory_bytes, use_scan=use_scan)
+        return cls(
+            *(child, client, ends.channel, ends.state_fds, ram_fd, shape.memory_bytes, ends.rewinder),
+            use_scan=use_scan,
+        )
 
     @property
     def pid(self) -> int:
@@ -192,12 +201,51 @@ class Vmm:
             self._qmp.execute("getfd", {"fdname": "state"}, fds=[read_fd], timeout_s=timeout_s)
             self._qmp.execute("migrate-incoming", {"uri": "fd:state"}, timeout_s=timeout_s)
             self._qmp.wait_event("RESUME", timeout_s)
+            self.is_dormant = False
         except (QmpError, CheckpointError, OSError) as error:
             raise ForkError(f"a VMM did not become its checkpoint: {error}{self._words()}") from error
         finally:
             os.close(read_fd)
             if write_fd >= 0:
                 os.close(write_fd)
+
+    def rewind(self, device_state: bytes, page_numbers: PageNumbers, pages: Pages, timeout_s: float) -> None:
+        """Makes a stopped VMM into a checkpoint; its vCPU runs when this returns.
+
+        Args:
+            device_state: What the checkpoint has.
+            page_numbers: Pages in which its memory differs from the checkpoint's, shape [n], ascending.
+            pages: What they are to hold, shape [n, 4096].
+            timeout_s: Deadline of each step.
+
+        Raises:
+            ForkError: The VMM is gone or does not take the state.
+        """
+        assert self._rewinder is not None, "the VM that makes a base is never put back"
+        self._num_rewinds += 1
+        try:
+            self._rewinder.rewind(self._qmp, self.memory, device_state, page_numbers, pages, timeout_s)
+            self._qmp.execute("cont", timeout_s=timeout_s)
+        except (QmpError, CheckpointError, OSError) as error:
+            raise ForkError(f"a VMM did not go back to its checkpoint: {error}{self._words()}") from error
+
+    def retire(self, timeout_s: float) -> bool:
+        """Stops a VMM whose user is gone; whether it may become another checkpoint.
+
+        Nothing of the last user's conversation may reach the next one: what the guest sent is dropped, and a
+        VMM that has not taken all that was sent to it is of no more use.
+
+        Raises:
+            CheckpointError: The VMM is gone.
+        """
+        self._command("stop", timeout_s)
+        unread = fcntl.ioctl(self.channel.fileno(), termios.TIOCOUTQ, bytes(4))
+        if any(unread) or self._num_rewinds >= _MAX_REWINDS:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            while self.channel.recv(1 << 16, socket.MSG_DONTWAIT):
+                pass
+        return True
 
     def save(self, timeout_s: float, *, resume: bool) -> RawState:
         """Reads the machine's state; it stands still only meanwhile.
@@ -209,10 +257,8 @@ class Vmm:
         Raises:
             CheckpointError: The VMM is gone or does not give its state.
         """
-        begun_s = time.perf_counter()
         try:
-            self._qmp.execute("stop", timeout_s=timeout_s)
-            device_state = self._save_devices(timeout_s)
+            device_state, begun_s = self._stop_and_save_devices(timeout_s)
             numbers = self.memory.private_pages()
             pages = self.memory.read(numbers)
             if resume:
@@ -250,14 +296,18 @@ class Vmm:
         self._command("cont", timeout_s)
 
     def kill(self) -> None:
-        """Ends the process and closes what it held, but not the channel. Idempotent; does not wait."""
+        """Ends the process and closes what it held. Idempotent; does not wait."""
         if self._is_closed:
             return
         self._is_closed = True
         self.child.kill()
         self.child.close()
         self._qmp.close()
-        os.close(self._state_fd)
+        self.channel.close()
+        for fd in self._state_fds:
+            os.close(fd)
+        if self._rewinder is not None:
+            self._rewinder.close()
 
     def _command(self, name: str, timeout_s: float) -> None:
         try:
@@ -265,13 +315,30 @@ class Vmm:
         except QmpError as error:
             raise CheckpointError(f"{error}{self._words()}") from error
 
+    def _stop_and_save_devices(self, timeout_s: float) -> tuple[bytes, float]:
+        """Device state of the machine, now stopped, and when it stopped.
+
+        A vCPU that is about to take an interrupt may first take it: a state without a pending one is put back
+        many times faster (see `device_state`).
+        """
+        for patience in range(_INTERRUPTS, -1, -1):
+            begun_s = time.perf_counter()
+            self._qmp.execute("stop", timeout_s=timeout_s)
+            device_state = self._save_devices(timeout_s)
+            if patience == 0 or without_code_flush(device_state) is not None:
+                break
+            self._qmp.execute("cont", timeout_s=timeout_s)
+            time.sleep(_INTERRUPT_S)
+        return device_state, begun_s
+
     def _save_devices(self, timeout_s: float) -> bytes:
-        # The descriptor set shares its file position with us, and QEMU does not truncate.
-        os.lseek(self._state_fd, 0, os.SEEK_SET)
-        os.ftruncate(self._state_fd, 0)
+        # QEMU writes on from the position of the descriptor that it was given, and does not truncate.
+        read_fd, write_fd = self._state_fds
+        os.lseek(write_fd, 0, os.SEEK_SET)
+        os.ftruncate(read_fd, 0)
         arguments = {"filename": f"/dev/fdset/{STATE_SET}", "live": False}
         self._qmp.execute("xen-save-devices-state", arguments, timeout_s=timeout_s)
-        return os.pread(self._state_fd, _MAX_STATE_BYTES, 0)
+        return os.pread(read_fd, _MAX_STATE_BYTES, 0)
 
     def _words(self) -> str:
         if self._is_closed:
