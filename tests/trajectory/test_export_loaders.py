@@ -127,33 +127,6 @@ print(json.dumps(found))
     }
 
 
-@needs("trl")
-def test_trl_takes_its_formats(run: Path, tmp_path: Path) -> None:
-    for name in ("trl-sft", "trl-dpo", "trl-kto"):
-        export_run(run, name, tmp_path / name)
-    code = """
-import json, datasets
-from trl.data_utils import is_conversational
-found = {}
-for name in ("trl-sft", "trl-dpo", "trl-kto"):
-    dataset = datasets.load_dataset("parquet", data_files=f"{name}/train.parquet", split="train")
-    found[name] = is_conversational(dataset[0])
-print(json.dumps(found))
-"""
-    assert load(code, tmp_path) == {"trl-sft": True, "trl-dpo": True, "trl-kto": True}
-
-
-@needs("verl")
-def test_verl_reads_its_prompts(run: Path, tmp_path: Path) -> None:
-    export_run(run, "verl-rl", tmp_path / "verl-rl")
-    code = """
-import json
-from verl.utils.dataset.rl_dataset import RLHFDataset
-print(json.dumps(RLHFDataset.__name__))
-"""
-    assert load(code, tmp_path) == "RLHFDataset"
-
-
 @needs("atif")
 def test_atif_validates_every_document(run: Path, tmp_path: Path) -> None:
     export_run(run, "atif", tmp_path / "atif")
