@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import resource
 import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -23,7 +26,7 @@ from pathlib import Path
 
 from rollout.errors import BootError
 from rollout.sandbox.microvm import launcher as launcher_module
-from rollout.sandbox.microvm.launcher import MAX_PACKET_BYTES
+from rollout.sandbox.microvm.launcher import MAX_PACKET_BYTES, VIEW_FOLDER
 
 __all__ = ["Child", "Spawner"]
 
@@ -32,7 +35,16 @@ _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache"
 _FIRST_UID = 0x70000000
 """VMMs started by root get user ids from here up: above what distributions and user namespaces hand out."""
 _NUM_UIDS = 1 << 20
-_CAPABILITIES = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
+_CAPABILITIES = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT")
+"""The launcher's, to make namespaces and to give up what it has; a VMM has none."""
+_VMM_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+_VMM_DATA = ("/usr/share/qemu", "/usr/share/seabios", "/usr/lib/x86_64-linux-gnu/qemu", "/etc/ld.so.cache")
+"""Firmware, and QEMU's own modules."""
+_MAX_THREADS = 96
+"""QEMU's own few, and at most 64 that read disks."""
+_MAX_FILE_BYTES = 64 << 20
+_OWN_ADDRESS_SPACE_BYTES = 2 << 30
+"""Beside the files that a VMM is given: programs, stacks, heaps, translated code; mostly never touched."""
 _LAUNCHER_PATH = "/launcher.py"
 
 
@@ -77,12 +89,19 @@ class Spawner:
     Args:
         read_only: Folders that VMMs may read, by their path inside.
         devices: Device files that they may use.
+        programs: What is started, of which the libraries are shown too; nothing else of the host's is.
 
     Raises:
         BootError: bubblewrap is missing or may not make namespaces here.
     """
 
-    def __init__(self, read_only: Mapping[str, Path], devices: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        read_only: Mapping[str, Path],
+        devices: Sequence[Path] = (),
+        *,
+        programs: Sequence[str | Path],
+    ) -> None:
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             raise BootError("the microvm engine needs bubblewrap; install with: apt-get install bubblewrap")
@@ -93,11 +112,14 @@ class Spawner:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._process = subprocess.Popen(
-                [bwrap, *_wall(read_only, devices, as_root=self._is_root)],
+                [bwrap, *_wall(_view(read_only, devices, programs), as_root=self._is_root)],
                 stdin=theirs.fileno(),
                 stdout=self._log,
                 stderr=self._log,
-                env={"PATH": "/usr/bin:/bin", "LANG": "C"},
+                env={
+                    **{"PATH": "/usr/bin:/bin", "LANG": "C"},
+                    **{"OWNER_UID": str(os.geteuid()), "OWNER_GID": str(os.getegid())},
+                },
                 start_new_session=True,
             )
         finally:
@@ -110,12 +132,12 @@ class Spawner:
         return self._process.pid
 
     def spawn(self, argv: Sequence[str], fds: Sequence[int], limits: Mapping[str, int]) -> Child:
-        """Starts a program with descriptors from `FIRST_FD` on.
+        """Starts a program with descriptors from `FIRST_FD` on, confined as the launcher's module says.
 
         Args:
             argv: Program and arguments.
             fds: Descriptors; they stay open here.
-            limits: Resource limits by their name in the `resource` module.
+            limits: Resource limits by their name in the `resource` module, instead of the usual ones.
 
         Raises:
             BootError: The launcher is gone, or the process could not be made (`retryable`).
@@ -124,7 +146,9 @@ class Spawner:
         with self._lock:
             uid = _FIRST_UID + self._num_spawned % _NUM_UIDS if self._is_root else None
             self._num_spawned += 1
-            request = json.dumps({"argv": list(argv), "limits": dict(limits), "uid": uid}).encode()
+            request = json.dumps(
+                {"argv": list(argv), "limits": {**_limits(fds), **limits}, "uid": uid}
+            ).encode()
             try:
                 if len(request) > MAX_PACKET_BYTES:
                     raise BootError("a VMM's arguments are too long")
@@ -163,19 +187,66 @@ def _pid_of(pidfd: int) -> int:
     raise BootError("this kernel does not tell the process id of a pidfd (it needs Linux 5.4 or later)")
 
 
-def _wall(read_only: Mapping[str, Path], devices: Sequence[Path], *, as_root: bool) -> list[str]:
+def _limits(fds: Sequence[int]) -> dict[str, int]:
+    """What a VMM may use: the memory that it is given as files, and a bounded amount beside."""
+    states = [os.fstat(fd) for fd in fds]
+    given_bytes = sum(state.st_size for state in states if stat.S_ISREG(state.st_mode))
+    wanted = {
+        "RLIMIT_AS": given_bytes + _OWN_ADDRESS_SPACE_BYTES,
+        "RLIMIT_FSIZE": _MAX_FILE_BYTES,
+        "RLIMIT_NPROC": _MAX_THREADS,
+        "RLIMIT_NOFILE": 256,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_MSGQUEUE": 0,
+    }
+    # Nobody may raise a limit that this process is under itself.
+    hard = {name: resource.getrlimit(getattr(resource, name))[1] for name in wanted}
+    return {name: value if hard[name] < 0 else min(value, hard[name]) for name, value in wanted.items()}
+
+
+def _view(
+    read_only: Mapping[str, Path], devices: Sequence[Path], programs: Sequence[str | Path]
+) -> list[str]:
+    """Arguments of bubblewrap: the root folder of VMMs."""
+    shown = {path: path for path in (*_VMM_DATA, *_files_of(programs))}
+    shown |= {inside: str(path) for inside, path in read_only.items()}
+    binds = [part for inside, path in shown.items() for part in ("--ro-bind-try", path, VIEW_FOLDER + inside)]
+    nodes = {str(path): str(path) for path in (*_VMM_DEVICES, *devices)}
+    binds += [part for path in nodes for part in ("--dev-bind", path, VIEW_FOLDER + path)]
+    # Made first, for anyone to enter: those that a bind makes on its way are only root's.
+    folders = {str(folder) for inside in (*shown, *nodes) for folder in Path(inside).parents}
+    entered = [part for folder in sorted(folders - {"/"}) for part in ("--dir", VIEW_FOLDER + folder)]
+    return ["--tmpfs", VIEW_FOLDER, *entered, *binds, "--proc", f"{VIEW_FOLDER}/proc"]
+
+
+def _files_of(programs: Sequence[str | Path]) -> list[str]:
+    """Paths of programs, of the libraries that they are linked to, and of the loader.
+
+    Raises:
+        BootError: A program is not there, or is none.
+    """
+    files: list[str] = []
+    for program in programs:
+        done = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise BootError(f"cannot start {program}: {(done.stderr or done.stdout).strip()}")
+        files += [str(program), *re.findall(r"(/\S+) \(0x", done.stdout)]
+    return list(dict.fromkeys(files))
+
+
+def _wall(view: Sequence[str], *, as_root: bool) -> list[str]:
     """Arguments of bubblewrap: the launcher's namespaces, and all that it and its VMMs can see."""
     python = Path(sys.base_prefix)
-    shown = {**{path: path for path in (*_SYSTEM_FOLDERS, str(python))}, **read_only}
-    binds = [part for inside, path in shown.items() for part in ("--ro-bind-try", str(path), inside)]
-    nodes = [part for path in devices for part in ("--dev-bind", str(path), str(path))]
+    shown = [*_SYSTEM_FOLDERS, str(python)]
+    binds = [part for path in shown for part in ("--ro-bind-try", path, path)]
     capabilities = [part for name in _CAPABILITIES for part in ("--cap-add", name)] if as_root else []
     return [
         *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
         *([] if as_root else ["--unshare-user"]),
         *("--as-pid-1", "--cap-drop", "ALL", *capabilities),
-        *("--proc", "/proc", "--dev", "/dev", *nodes, *binds),
+        *("--proc", "/proc", "--dev", "/dev", *binds, *view),
         *("--ro-bind", launcher_module.__file__, _LAUNCHER_PATH, "--chdir", "/"),
+        *("--remount-ro", VIEW_FOLDER, "--remount-ro", "/"),
         *("--", str(Path(sysconfig.get_path("scripts", vars={"base": str(python)})) / _python_name())),
         *("-I", "-S", _LAUNCHER_PATH),
     ]

@@ -141,7 +141,8 @@ class Stocks:
         spawner = self._spawner
         if spawner is None:
             devices = [Path("/dev/kvm")] if accel == "kvm" else []
-            spawner = self._spawner = Spawner({_IMAGES: self._store.root / "images"}, devices)
+            images = {_IMAGES: self._store.root / "images"}
+            spawner = self._spawner = Spawner(images, devices, programs=[binary])
         key = base_key(image, shape, version, self._image_config.warm_up)
         base = await self._base(key, image, shape, files, spawner)
 
