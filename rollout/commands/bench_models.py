@@ -156,6 +156,17 @@ class TableModel:
             ]
         return values[start]
 
+    def random_value(self, start: int = 0) -> float:
+        """The exact undiscounted return, from `start` on, of uniformly random play."""
+        values = [0.0] * len(self._transitions)
+        for _ in range(self.horizon):
+            after = values
+            values = [
+                sum(self._action_value(row, after, 1.0) for row in rows) / len(rows)
+                for rows in self._transitions
+            ]
+        return values[start]
+
     @staticmethod
     def _action_value(
         row: Sequence[tuple[float, int, float, bool]], after: Sequence[float], discount: float
