@@ -56,7 +56,22 @@ class QmpClient:
         Raises:
             QmpError: It was refused, or no answer came in time.
         """
-        self._deadline_s = time.monotonic() + timeout_s
+        self.send(command, arguments, fds=fds, timeout_s=timeout_s)
+        return self.receive(command, timeout_s)
+
+    def send(
+        self,
+        command: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        fds: Sequence[int] = (),
+        timeout_s: float,
+    ) -> None:
+        """Sends a command; `receive` has its answer, in the order of sending.
+
+        Raises:
+            QmpError: The VMM is gone.
+        """
         request: dict[str, Any] = {"execute": command}
         if arguments:
             request["arguments"] = arguments
@@ -69,6 +84,14 @@ class QmpClient:
                 self._socket.sendall(line)
         except OSError as error:
             raise QmpError(f"{command}: the VMM is gone ({error})") from error
+
+    def receive(self, command: str, timeout_s: float) -> Any:
+        """The answer to the command that was sent first of those without one.
+
+        Raises:
+            QmpError: It was refused, or no answer came in time.
+        """
+        self._deadline_s = time.monotonic() + timeout_s
         while True:
             message = self._read_message()
             if "return" in message:

@@ -34,6 +34,8 @@ from rollout.sandbox.microvm.tsc import measure_tsc_khz
 __all__ = ["BootFiles", "RawState", "Vmm"]
 
 _MAX_STATE_BYTES = 16 << 20
+_SAVE = "xen-save-devices-state"
+"""In every build, whatever its name says."""
 _INTERRUPTS, _INTERRUPT_S = 3, 0.0005
 """How often and how long a machine may go on to take a pending interrupt before it is saved."""
 _MAX_REWINDS = 1000
@@ -258,14 +260,19 @@ class Vmm:
             CheckpointError: The VMM is gone or does not give its state.
         """
         try:
-            device_state, begun_s = self._stop_and_save_devices(timeout_s)
-            numbers = self.memory.private_pages()
-            pages = self.memory.read(numbers)
+            for patience in range(_INTERRUPTS, -1, -1):
+                state = self._stop_and_read(timeout_s)
+                # A vCPU that is about to take an interrupt may first take it: a state without a pending one
+                # is put back many times faster (see `device_state`).
+                if patience == 0 or without_code_flush(state.device_state) is not None:
+                    break
+                self._qmp.execute("cont", timeout_s=timeout_s)
+                time.sleep(_INTERRUPT_S)
             if resume:
                 self._qmp.execute("cont", timeout_s=timeout_s)
         except (QmpError, OSError) as error:
             raise CheckpointError(f"a VMM did not give its state: {error}{self._words()}") from error
-        return RawState(device_state, numbers, pages, time.perf_counter() - begun_s)
+        return state
 
     def save_base(self, timeout_s: float) -> bytes:
         """Stops a machine that writes into its base file, and returns its device state.
@@ -315,30 +322,35 @@ class Vmm:
         except QmpError as error:
             raise CheckpointError(f"{error}{self._words()}") from error
 
-    def _stop_and_save_devices(self, timeout_s: float) -> tuple[bytes, float]:
-        """Device state of the machine, now stopped, and when it stopped.
+    def _stop_and_read(self, timeout_s: float) -> RawState:
+        """Stops the machine and reads it.
 
-        A vCPU that is about to take an interrupt may first take it: a state without a pending one is put back
-        many times faster (see `device_state`).
+        Its memory is read while the VMM writes its device state: neither changes what the other reads.
         """
-        for patience in range(_INTERRUPTS, -1, -1):
-            begun_s = time.perf_counter()
-            self._qmp.execute("stop", timeout_s=timeout_s)
-            device_state = self._save_devices(timeout_s)
-            if patience == 0 or without_code_flush(device_state) is not None:
-                break
-            self._qmp.execute("cont", timeout_s=timeout_s)
-            time.sleep(_INTERRUPT_S)
-        return device_state, begun_s
+        begun_s = time.perf_counter()
+        self._qmp.send("stop", timeout_s=timeout_s)
+        self._send_save(timeout_s)
+        self._qmp.receive("stop", timeout_s)
+        numbers = self.memory.private_pages()
+        pages = self.memory.read(numbers)
+        device_state = self._receive_save(timeout_s)
+        return RawState(device_state, numbers, pages, time.perf_counter() - begun_s)
 
     def _save_devices(self, timeout_s: float) -> bytes:
+        self._send_save(timeout_s)
+        return self._receive_save(timeout_s)
+
+    def _send_save(self, timeout_s: float) -> None:
         # QEMU writes on from the position of the descriptor that it was given, and does not truncate.
         read_fd, write_fd = self._state_fds
         os.lseek(write_fd, 0, os.SEEK_SET)
         os.ftruncate(read_fd, 0)
         arguments = {"filename": f"/dev/fdset/{STATE_SET}", "live": False}
-        self._qmp.execute("xen-save-devices-state", arguments, timeout_s=timeout_s)
-        return os.pread(read_fd, _MAX_STATE_BYTES, 0)
+        self._qmp.send(_SAVE, arguments, timeout_s=timeout_s)
+
+    def _receive_save(self, timeout_s: float) -> bytes:
+        self._qmp.receive(_SAVE, timeout_s)
+        return os.pread(self._state_fds[0], _MAX_STATE_BYTES, 0)
 
     def _words(self) -> str:
         if self._is_closed:
