@@ -158,8 +158,9 @@ def _become(request: dict[str, Any], fds: list[int]) -> NoReturn:
         for name, value in request["limits"].items():
             resource.setrlimit(getattr(resource, name), (value, value))
         _drop_privileges(request["uid"])
+        _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
         _filter_system_calls()
-        os.execve(request["argv"][0], request["argv"], {"PATH": "/usr/bin:/bin", "LANG": "C"})
+        os.execve(request["argv"][0], request["argv"], _ENVIRONMENT)
     except BaseException as error:
         os.write(2, f"cannot start {request['argv'][0]}: {error}\n".encode())
     os._exit(_EXEC_FAILED)
