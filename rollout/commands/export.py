@@ -20,7 +20,9 @@ _FORMATS_HELP = "Format: " + "; ".join(f"{name} ({form.summary})" for name, form
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="The run: its folder, or its name below runs/.")],
+    run: Annotated[
+        str, typer.Argument(help="The run: its folder, its name below runs/, or a URI (s3://...).")
+    ],
     format_name: Annotated[str, typer.Option("--format", help=_FORMATS_HELP)],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     min_return: Annotated[
@@ -57,7 +59,7 @@ def command(
     with Progress(*columns, console=stderr_console()) as bar:
         task = bar.add_task(f"exporting {format_name}", total=None)
         report = export_run(
-            find_run(run),
+            run if "://" in run else find_run(run),
             format_name,
             out,
             options,

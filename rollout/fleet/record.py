@@ -44,8 +44,14 @@ def make_run_folder(output: str, run_id: str) -> Path:
     """Makes the folder of a run and shows that it can be written.
 
     Raises:
+        ConfigError: It is a URI: what a driver notes beside the tables needs a file system of this machine.
         SinkError: It cannot be made or written.
     """
+    if "://" in output:
+        raise ConfigError(
+            f"output is a local folder, not {output}: copy a finished run there, or write to it with "
+            "rollout.trajectory.TrajectorySink"
+        )
     folder = Path(output) / run_id
     try:
         folder.mkdir(parents=True)

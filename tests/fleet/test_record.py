@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rollout.config import RunConfig
-from rollout.errors import SinkError
+from rollout.errors import ConfigError, SinkError
 from rollout.fleet.record import RunRecord, make_run_folder, make_run_id
 from rollout.sandbox.base import PhaseTimings
 
@@ -23,6 +23,12 @@ def test_a_run_never_takes_a_folder_that_is_there(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
     with pytest.raises(SinkError, match=r"cannot write to the output folder .*File exists"):
         make_run_folder(str(tmp_path / "deep" / "runs"), "id")
+
+
+def test_an_object_store_is_no_output_folder() -> None:
+    with pytest.raises(ConfigError, match="output is a local folder, not s3://bucket/runs: copy "):
+        make_run_folder("s3://bucket/runs", "id")
+    assert not Path("s3:").exists()
 
 
 def test_run_json_is_replaced_as_a_whole_and_keeps_what_was_said(tmp_path: Path) -> None:
