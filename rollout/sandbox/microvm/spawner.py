@@ -17,7 +17,6 @@ import socket
 import stat
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -108,11 +107,12 @@ class Spawner:
         self._lock = threading.Lock()
         self._num_spawned = 0
         self._is_root = os.geteuid() == 0
+        wall = _wall(_view(read_only, devices, programs), as_root=self._is_root)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._process = subprocess.Popen(
-                [bwrap, *_wall(_view(read_only, devices, programs), as_root=self._is_root)],
+                [bwrap, *wall],
                 stdin=theirs.fileno(),
                 stdout=self._log,
                 stderr=self._log,
@@ -247,7 +247,7 @@ def _wall(view: Sequence[str], *, as_root: bool) -> list[str]:
         *("--proc", "/proc", "--dev", "/dev", *binds, *view),
         *("--ro-bind", launcher_module.__file__, _LAUNCHER_PATH, "--chdir", "/"),
         *("--remount-ro", VIEW_FOLDER, "--remount-ro", "/"),
-        *("--", str(Path(sysconfig.get_path("scripts", vars={"base": str(python)})) / _python_name())),
+        *("--", str(python / "bin" / _python_name())),
         *("-I", "-S", _LAUNCHER_PATH),
     ]
 

@@ -1,0 +1,258 @@
+"""The jail from inside: programs that are started as VMMs are try what no VMM may.
+
+Each attempt is made twice by the same program: in the jail, where it must fail, and outside of it, where it
+must succeed; so that no attempt fails for a reason of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rollout.errors import BootError
+from rollout.sandbox.microvm.launcher import FIRST_FD
+from rollout.sandbox.microvm.spawner import Child, Spawner
+
+pytestmark = [
+    pytest.mark.xdist_group("microvm"),
+    pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed"),
+]
+PYTHON = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+LIBRARY = Path(os.__file__).parent
+DEADLINE_S = 30.0
+MEMORY_BYTES = 64 << 20
+PRELUDE = """
+import ctypes, os, resource, signal, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def checked(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+"""
+
+
+def probe(attempt: str) -> str:
+    """A program that says on standard error what came of an attempt: one line of JSON."""
+    indented = "\n".join(f"    {line}" for line in attempt.splitlines())
+    return (
+        f"{PRELUDE}\nimport json\ntry:\n{indented}\n    answer = {{'done': True}}\n"
+        "except BaseException as error:\n"
+        "    answer = {'error': type(error).__name__, 'errno': getattr(error, 'errno', None)}\n"
+        "os.write(2, json.dumps(answer).encode())\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def python_files() -> list[Path]:
+    """The interpreter and its compiled modules, of which the jail shows the libraries too."""
+    names = ("_ctypes", "_json", "_socket", "_struct", "array", "math", "mmap", "resource", "select")
+    found = (file for name in names for file in (LIBRARY / "lib-dynload").glob(f"{name}.*.so"))
+    return [PYTHON, *found]
+
+
+@pytest.fixture(scope="module")
+def spawner(python_files: list[Path]) -> Iterator[Spawner]:
+    spawner = Spawner({str(LIBRARY): LIBRARY}, programs=python_files)
+    yield spawner
+    spawner.close()
+
+
+@pytest.fixture
+def memory_fd() -> Iterator[int]:
+    """What stands for guest memory."""
+    fd = os.memfd_create("memory")
+    os.ftruncate(fd, MEMORY_BYTES)
+    yield fd
+    os.close(fd)
+
+
+def ended(child: Child) -> dict[str, Any]:
+    """What a probe said, once it has ended."""
+    try:
+        assert select.select([child.pidfd], [], [], DEADLINE_S)[0], "the probe hangs"
+        return json.loads(child.log())
+    finally:
+        child.kill()
+        child.close()
+
+
+def in_jail(spawner: Spawner, attempt: str, fds: list[int]) -> dict[str, Any]:
+    return ended(spawner.spawn([str(PYTHON), "-I", "-S", "-c", probe(attempt)], fds, {}))
+
+
+def outside(attempt: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [PYTHON, "-I", "-S", "-c", probe(attempt)], stderr=subprocess.PIPE, timeout=DEADLINE_S, check=False
+    )
+    return json.loads(done.stderr.splitlines()[-1])
+
+
+ATTEMPTS = {
+    "read a file of the host": "open(SECRET).read()",
+    "read the host's accounts": "open('/etc/passwd').read()",
+    "read a parent's environment": "open(f'/proc/{os.getppid() or OWNER}/environ', 'rb').read()",
+    "write beside its files": "open('/tmp/rt-jail-probe', 'w').close(); os.unlink('/tmp/rt-jail-probe')",
+    "open an internet socket": "socket.socket(socket.AF_INET).close()",
+    "open a Unix socket": "socket.socket(socket.AF_UNIX).close()",
+    "connect to a port of the host": "socket.create_connection(('127.0.0.1', PORT), 5).close()",
+    "make a pair of sockets": "socket.socketpair()[0].close()",
+    "fork": "pid = os.fork() or os._exit(0)\nos.waitpid(pid, 0)",
+    "make a process by posix_spawn": "pid = os.posix_spawn(sys.executable, [sys.executable, '-c', ''], {})\n"
+    "os.waitpid(pid, 0)",
+    "signal another process": "os.kill(SIBLING, 0)",
+    "trace another process": "checked(libc.ptrace(16, SIBLING, 0, 0))",
+    "make a user namespace": "checked(libc.unshare(0x10000000))",
+    "set up io_uring": "import struct\nchecked(libc.syscall(425, 4, ctypes.create_string_buffer(120)))",
+    "grow a file": "fd = os.memfd_create('x')\nos.truncate(fd, 100 << 20)",
+    "take memory": "import mmap\nmmap.mmap(-1, 3 << 30).close()",
+    "open many files": "fds = [os.dup(1) for _ in range(300)]",
+}
+
+
+@pytest.fixture
+def sibling() -> Iterator[int]:
+    """Another process of the host's."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_what_no_vmm_may(
+    spawner: Spawner, memory_fd: int, sibling: int, port: int, tmp_path: Path, name: str
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("of the host")
+    secret.chmod(0o644)
+    known = f"SECRET, SIBLING, PORT, OWNER = {str(secret)!r}, {sibling}, {port}, {os.getpid()}\n"
+    assert outside(known + ATTEMPTS[name]) == {"done": True}, "the attempt fails without the jail too"
+    refused = in_jail(spawner, known + ATTEMPTS[name], [memory_fd])
+    assert "error" in refused, f"a VMM can {name}"
+    assert refused["error"] in ("OSError", "PermissionError", "FileNotFoundError", "ProcessLookupError")
+
+
+def test_a_vmm_sees_only_itself_and_its_view(spawner: Spawner, memory_fd: int) -> None:
+    attempt = (
+        "found = {'root': sorted(os.listdir('/')), 'dev': sorted(os.listdir('/dev')), 'pid': os.getpid(),"
+        " 'processes': sorted(name for name in os.listdir('/proc') if name.isdigit()),"
+        " 'groups': os.getgroups(), 'status': open('/proc/self/status').read(),"
+        " 'mounts': [line.split()[1:4] for line in open('/proc/self/mounts')],"
+        " 'namespaces': {kind: os.readlink('/proc/self/ns/' + kind) for kind in"
+        " ('pid', 'mnt', 'ipc', 'uts', 'net', 'cgroup')}}\n"
+        "raise OSError(json.dumps(found), 'found')"
+    )
+    program = probe(attempt).replace("getattr(error, 'errno', None)", "error.args[0]")
+    found = json.loads(ended(spawner.spawn([str(PYTHON), "-ISc", program], [memory_fd], {}))["errno"])
+    needed = {"dev", "etc", "lib", "lib64", "proc", "usr", LIBRARY.parts[1], PYTHON.parts[1]}
+    assert set(found["root"]) <= needed
+    assert found["dev"] == ["null", "urandom", "zero"]
+    assert found["pid"] == 1
+    if os.geteuid() == 0:
+        assert found["processes"] == ["1"]
+        assert found["groups"] == []
+    status = dict(line.split(":\t", 1) for line in found["status"].splitlines())
+    for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[kind], 16) == 0, kind
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert status["Uid"].split()[0] != "0"
+    writable = [where for where, _, options in found["mounts"] if "ro" not in options.split(",")]
+    assert set(writable) <= {"/proc", "/dev/null", "/dev/urandom", "/dev/zero"}
+    for kind, name in found["namespaces"].items():
+        assert name != str(Path(f"/proc/self/ns/{kind}").readlink()), f"it shares the host's {kind} namespace"
+
+
+def test_vmms_cannot_reach_each_other(spawner: Spawner, memory_fd: int) -> None:
+    waits = [str(PYTHON), "-ISc", "import signal; signal.pause()"]
+    victim = spawner.spawn(waits, [memory_fd], {})
+    try:
+        inside = [
+            line for line in Path(f"/proc/{victim.pid}/status").read_text().splitlines() if "NSpid" in line
+        ]
+        in_launcher = int(inside[0].split()[-2])
+        for pid in (in_launcher, victim.pid):
+            for attempt in (f"os.kill({pid}, 9)", f"open('/proc/{pid}/mem', 'rb').read(1)"):
+                assert "error" in in_jail(spawner, attempt, [memory_fd])
+        assert not victim.has_ended
+        signal.pidfd_send_signal(victim.pidfd, signal.SIGTERM)  # the control: who may, reaches it
+        victim.kill()
+        assert select.select([victim.pidfd], [], [], DEADLINE_S)[0]
+    finally:
+        victim.kill()
+        victim.close()
+
+
+def test_no_two_vmms_share_a_user(spawner: Spawner, memory_fd: int) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give each VMM a user")
+    attempt = "raise OSError(os.getuid(), '')"
+    users = {in_jail(spawner, attempt, [memory_fd])["errno"] for _ in range(3)}
+    assert len(users | {0}) == 4
+
+
+def test_threads_are_limited(spawner: Spawner, memory_fd: int) -> None:
+    attempt = (
+        "import threading\nstop = threading.Event()\ncount = 0\n"
+        "try:\n    while count < 300:\n        threading.Thread(target=stop.wait, daemon=True).start()\n"
+        "        count += 1\nfinally:\n    stop.set()\n"
+    )
+    assert outside("resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n" + attempt) == {"done": True}
+    assert in_jail(spawner, attempt, [memory_fd])["error"] == "RuntimeError"
+
+
+def test_what_a_vmm_needs_works(spawner: Spawner, memory_fd: int) -> None:
+    ours, theirs = socket.socketpair()
+    attempt = (
+        f"import mmap\nmmap.mmap({FIRST_FD}, {MEMORY_BYTES})[0] = 7\nos.urandom(8)\n"
+        f"channel = socket.socket(fileno={FIRST_FD + 1})\nchannel.sendall(channel.recv(5))\n"
+        "import threading\nthread = threading.Thread(target=os.getpid)\nthread.start()\nthread.join()"
+    )
+    with ours, theirs:
+        ours.sendall(b"hello")
+        assert in_jail(spawner, attempt, [memory_fd, theirs.fileno()]) == {"done": True}
+        assert ours.recv(5) == b"hello"
+    assert os.pread(memory_fd, 1, 0) == b"\x07"
+
+
+def test_a_program_that_is_not_shown_is_not_started(spawner: Spawner, memory_fd: int) -> None:
+    child = spawner.spawn([shutil.which("cat") or "/bin/cat"], [memory_fd], {})
+    try:
+        assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
+        assert "cannot start" in child.log()
+    finally:
+        child.close()
+    with pytest.raises(BootError, match="no-such-program"):
+        Spawner({}, programs=["/no-such-program"])
+
+
+def test_the_end_of_the_launcher_is_the_end_of_its_vmms(python_files: list[Path]) -> None:
+    spawner = Spawner({str(LIBRARY): LIBRARY}, programs=python_files)
+    child = spawner.spawn([str(PYTHON), "-ISc", "import signal; signal.pause()"], [], {})
+    launcher = psutil.Process(child.pid).parent()
+    try:
+        assert launcher is not None
+        launcher.kill()
+        assert select.select([child.pidfd], [], [], DEADLINE_S)[0], "a VMM outlives its launcher"
+        with pytest.raises(BootError, match="launcher is gone"):
+            spawner.spawn([str(PYTHON)], [], {})
+    finally:
+        child.close()
+        spawner.close()
