@@ -75,6 +75,10 @@ class EngineConfig(_Section):
     """Deadline of one call to the guest."""
     checkpoint_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """Deadline of a checkpoint."""
+    hibernate_after_s: Annotated[float, Field(gt=0)] | None = 300.0
+    """Idle time after which a microVM gives its memory back, until its next request."""
+    memory_reserve_mib: Annotated[int, Field(ge=0)] = 1024
+    """With less memory than this available, the microVMs that were idle longest hibernate at once."""
     reuse_vmms: bool = True
     """Put the process of a microVM that has ended back to the next checkpoint, instead of starting another.
 

@@ -26,6 +26,7 @@ from rollout.sandbox.base import Capabilities, Checkpoint, PhaseTimings, Sandbox
 from rollout.sandbox.client import GuestClient
 from rollout.sandbox.microvm.memory import Pages
 from rollout.sandbox.microvm.pool import Ready
+from rollout.sandbox.microvm.room import Room
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox, Waking
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.stock import Stock, Stocks
@@ -72,6 +73,9 @@ class MicroVMEngine:
         self._snapshots: dict[str, tuple[Snapshot, Stock]] = {}
         self._cache = RawCache(_RAW_CACHE_BYTES)
         self._stock_of: dict[str, Stock] = {}
+        self._room = Room(
+            lambda: list(self._sandboxes.values()), config.memory_reserve_mib << 20, config.hibernate_after_s
+        )
         self._retiring: set[asyncio.Task[None]] = set()
         self._names = itertools.count()
         self._prefix = secrets.token_hex(4)
@@ -205,9 +209,15 @@ class MicroVMEngine:
         """Restores a snapshot under a sandbox's identity.
 
         Raises:
+            CapacityError: There is no memory for it.
             ForkError: No VMM could be started or took the state, or the guest did not confirm its handshake.
         """
-        stock = self._stock_of[sandbox.id]
+        async with self._room.for_one():
+            return await self._revive(sandbox, self._stock_of[sandbox.id], snapshot, randomness)
+
+    async def _revive(
+        self, sandbox: MicroVMSandbox, stock: Stock, snapshot: Snapshot, randomness: Randomness
+    ) -> Waking:
         with self._timed("start"):
             ready = await stock.pool.take()
         if not ready.vmm.is_dormant:
@@ -342,6 +352,7 @@ class MicroVMEngine:
             raise BootError("the engine has been closed")
 
     async def _close(self) -> None:
+        await self._room.close()
         for sandbox in list(self._sandboxes.values()):
             await sandbox.kill()
         if self._retiring:

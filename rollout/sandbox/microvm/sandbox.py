@@ -200,9 +200,17 @@ class MicroVMSandbox:
         async with self._quiet() as waking:
             if waking is None:
                 return
-            await self._save(waking)
+            if not self._is_as_saved:
+                await self._save(waking)
             self._waking = None
-            await self._end(waking)
+            await asyncio.shield(self._owner.release(self, waking, self.origin))
+
+    async def hibernate_if_parked(self) -> bool:
+        """As `hibernate`, but only if nobody uses it just now; whether it did."""
+        if self.state != "parked" or self._changing.locked():
+            return False
+        await self.hibernate()
+        return True
 
     async def wake(self) -> None:
         """See `Sandbox.wake`."""

@@ -1,0 +1,150 @@
+"""Keeps memory for the next machine: whoever has been idle for long, or longest, hibernates.
+
+A parked machine costs no CPU but its memory. It is hibernated after an idle time, and earlier when the host's
+memory runs short, the least recently used first. A hibernated machine comes back with its next request, so
+nobody notices but by the time that it takes.
+
+`choose` is pure; `Room` acts on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+from rollout.errors import CapacityError, RolloutError
+
+__all__ = ["MACHINE_BYTES", "Idler", "Room", "available_bytes", "choose"]
+
+MACHINE_BYTES = 32 << 20
+"""What one more machine is counted with, before it has grown to its size."""
+_LOOK_S = 1.0
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class Idler(Protocol):
+    """As much of a sandbox as matters here."""
+
+    last_used_s: float
+
+    @property
+    def state(self) -> str:
+        """`running`, `parked`, `hibernated` or `dead`."""
+        ...
+
+    async def hibernate_if_parked(self) -> bool:
+        """Frees its memory, unless it is being used again; whether it did."""
+        ...
+
+
+def choose(idlers: Iterable[Idler], now_s: float, after_s: float | None, num_wanted: int) -> list[Idler]:
+    """Who hibernates: every parked one idle for `after_s`, and in any case the `num_wanted` longest idle."""
+    parked = sorted((one for one in idlers if one.state == "parked"), key=lambda one: one.last_used_s)
+    overdue = 0 if after_s is None else sum(now_s - one.last_used_s >= after_s for one in parked)
+    return parked[: max(overdue, num_wanted)]
+
+
+def available_bytes() -> int:
+    """Memory that can still be used, by the machine's count or the control group's, whichever is less."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    [available_kib] = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min(available_kib << 10, *_group_headrooms(), 1 << 62)
+
+
+def _group_headrooms() -> Sequence[int]:
+    found: list[int] = []
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # not mounted, the root group, or "max"
+            found.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text()))
+    return found
+
+
+class Room:
+    """Memory for machines.
+
+    Args:
+        idlers: All sandboxes.
+        reserve_bytes: Memory that stays available.
+        after_s: Idle time after which a sandbox hibernates; None for never.
+        available: Memory that is available now, in bytes.
+    """
+
+    def __init__(
+        self,
+        idlers: Callable[[], Sequence[Idler]],
+        reserve_bytes: int,
+        after_s: float | None,
+        *,
+        available: Callable[[], int] = available_bytes,
+    ) -> None:
+        self._idlers = idlers
+        self._reserve_bytes = reserve_bytes
+        self._after_s = after_s
+        self._available = available
+        self._num_coming = 0
+        self._making = asyncio.Lock()
+        self._watch: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def for_one(self) -> AsyncGenerator[None]:
+        """Holds memory for one more machine while it is made.
+
+        Raises:
+            CapacityError: There is none, and nobody left who could hibernate.
+        """
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._keep_watch())
+        async with self._making:
+            await self._make(self._num_coming + 1)
+            self._num_coming += 1
+        try:
+            yield
+        finally:
+            self._num_coming -= 1
+
+    async def close(self) -> None:
+        """Ends the watch. Idempotent."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
+
+    async def _make(self, num_machines: int) -> None:
+        while (short := self._num_short(num_machines)) > 0:
+            chosen = choose(self._idlers(), asyncio.get_running_loop().time(), None, short)
+            if not await _hibernate_all(chosen):
+                break
+        if (free := self._available()) < MACHINE_BYTES:
+            raise CapacityError(
+                f"no memory for one more machine: {free >> 20} MiB are available, and no sandbox is idle",
+                retryable=True,
+            )
+
+    async def _keep_watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            now_s = asyncio.get_running_loop().time()
+            short = self._num_short(self._num_coming)
+            await _hibernate_all(choose(self._idlers(), now_s, self._after_s, short))
+
+    def _num_short(self, num_machines: int) -> int:
+        """How many machines' memory is missing, rounded up."""
+        missing_bytes = self._reserve_bytes + num_machines * MACHINE_BYTES - self._available()
+        return max(0, -(-missing_bytes // MACHINE_BYTES))
+
+
+async def _hibernate_all(chosen: Sequence[Idler]) -> int:
+    """How many did."""
+    num_done = 0
+    for one in chosen:
+        try:
+            num_done += await one.hibernate_if_parked()
+        except RolloutError:  # it has ended, and its memory is free; its next request says so
+            num_done += 1
+    return num_done
