@@ -112,7 +112,8 @@ class RunSummary:
         num_terminated: Episodes that reached a terminal state.
         num_truncated: Episodes that were cut short.
         num_steps: Actions in committed episodes.
-        wall_s: Seconds from the first beginning to the last end; None without episodes.
+        wall_s: Seconds from the first beginning to the last end; None without episodes. Of a run that was
+            resumed, those of its timeline, which leaves out the pauses.
         failures: Final and retried failures, most frequent first.
         notes: What a reader must know about how whole this is.
     """
@@ -222,6 +223,10 @@ def summarise(folder: Path) -> RunSummary:
     notes = [*files.notes, *problems]
     if files.description.get("status") in ("starting", "running"):
         notes.append("the run is still running, or was killed: these are the episodes committed so far")
+    resumed = files.description.get("resumed_at")
+    num_resumed = len(cast("list[object]", resumed)) if isinstance(resumed, list) else 0
+    if num_resumed:
+        notes.append(f"the run was interrupted and resumed {num_resumed} times; times leave out the pauses")
     if num_planned is not None and table.num_rows < num_planned:
         notes.append(f"{num_planned - table.num_rows} of {num_planned} planned episodes are not committed")
     if len(finite) < played.num_rows:
@@ -238,7 +243,7 @@ def summarise(folder: Path) -> RunSummary:
         num_terminated=_count_true(played, "terminated"),
         num_truncated=_count_true(played, "truncated"),
         num_steps=int(pc.sum(table.column("length")).as_py() or 0),
-        wall_s=_wall_s(table),
+        wall_s=_wall_s(table) if not num_resumed else _played_s(files),
         failures=_failure_groups(table),
         notes=tuple(notes),
     )
@@ -289,6 +294,10 @@ def _wall_s(table: pa.Table) -> float | None:
     starts_s = pc.divide(pc.cast(pc.cast(table.column("started_at"), pa.int64()), pa.float64()), 1e6)
     ends_s = pc.add(starts_s, table.column("duration_s"))
     return float(pc.max(ends_s).as_py() - pc.min(starts_s).as_py())
+
+
+def _played_s(files: RunFiles) -> float | None:
+    return files.metrics[-1].t_s if files.metrics else None
 
 
 def _failure_groups(table: pa.Table) -> tuple[FailureGroup, ...]:

@@ -88,3 +88,18 @@ def test_episodes_are_numbered_as_they_began(tmp_path: Path) -> None:
     assert [(e.number, e.seed) for e in summary.episodes()] == [(1, 0), (2, 1), (3, 2)]
     assert [e.number for e in summary.episodes(1, 1)] == [2]
     assert [e.ending for e in summary.episodes()] == ["terminated", "terminated", "truncated"]
+
+
+def test_the_time_of_a_resumed_run_leaves_out_the_pauses(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run",
+        [played("run", number) for number in range(2)],
+        metrics=[{"t_s": 1.0, "branches": 10}, {"t_s": 2.0, "branches": 30}],
+    )
+    described = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(described | {"resumed_at": [5.0, 6.0]}))
+    summary = summarise(run)
+    assert (summary.wall_s, summary.branches_per_s) == (2.0, 15.0)
+    assert "the run was interrupted and resumed 2 times; times leave out the pauses" in summary.notes
+    (run / "metrics.jsonl").unlink()
+    assert summarise(run).wall_s is None
