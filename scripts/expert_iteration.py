@@ -49,7 +49,8 @@ class Network:
     """One hidden layer over a one-hot observation; a policy and a value from 0 to 1.
 
     Args:
-        weights: By name: `hidden` [num_states, h], `policy` [h, num_actions], `value` [h, 1] and biases.
+        weights: By name: `hidden` [num_states, h], `policy` [h, num_actions], `value` [h, 1]. There are
+            no biases: they would carry what is learnt of one state to states that were never seen.
     """
 
     def __init__(self, weights: dict[str, Array]) -> None:
@@ -63,11 +64,8 @@ class Network:
         return cls(
             {
                 "hidden": rng.normal(size=(num_states, num_hidden)),
-                "hidden_bias": np.zeros(num_hidden),
                 "policy": np.zeros((num_hidden, NUM_ACTIONS)),
-                "policy_bias": np.zeros(NUM_ACTIONS),
                 "value": np.zeros((num_hidden, 1)),
-                "value_bias": np.zeros(1),
             }
         )
 
@@ -84,11 +82,11 @@ class Network:
     def forward(self, states: NDArray[np.int64]) -> tuple[Array, Array, Array]:
         """Hidden layer [n, h], policies [n, num_actions] and values [n] of n states."""
         w = self.weights
-        hidden = np.tanh(w["hidden"][states] + w["hidden_bias"])
-        logits = hidden @ w["policy"] + w["policy_bias"]
+        hidden = np.tanh(w["hidden"][states])
+        logits = hidden @ w["policy"]
         policy = np.exp(logits - logits.max(axis=1, keepdims=True))
         policy /= policy.sum(axis=1, keepdims=True)
-        value = 1.0 / (1.0 + np.exp(-(hidden @ w["value"] + w["value_bias"])[:, 0]))
+        value = 1.0 / (1.0 + np.exp(-(hidden @ w["value"])[:, 0]))
         return hidden, policy, value
 
     def update(
@@ -104,11 +102,8 @@ class Network:
         np.add.at(in_hidden, states, of_hidden)
         gradients = {
             "hidden": in_hidden,
-            "hidden_bias": of_hidden.sum(axis=0),
             "policy": hidden.T @ of_logits,
-            "policy_bias": of_logits.sum(axis=0),
             "value": hidden.T @ of_value,
-            "value_bias": of_value.sum(axis=0),
         }
         self._num_updates += 1
         for name, gradient in gradients.items():
@@ -174,12 +169,12 @@ class Options:
     slippery: bool = True
     iterations: int = 20
     episodes: int = 16
-    simulations: int = 16
+    simulations: int = 24
     window: int = 6
     updates: int = 300
     minibatch: int = 256
     learning_rate: float = 3e-3
-    hidden: int = 64
+    hidden: int = 256
     seed: int = 0
     output: str = "runs"
     plot: str = ""

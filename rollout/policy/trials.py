@@ -45,7 +45,6 @@ class TrialBook:
         results: By trial id: the trial and the result of its branch.
         node_trials: By node id: the trial that made the node.
         trial_nodes: By trial id: the node that it made.
-        became_root: Trials that led from the root of the move before to this one, if there is one tree.
     """
 
     position: Position
@@ -56,7 +55,6 @@ class TrialBook:
     )
     node_trials: dict[int, int] = field(default_factory=dict[int, int])
     trial_nodes: dict[int, int] = field(default_factory=lambda: {ROOT_TRIAL: 0})
-    became_root: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self.sources = {ROOT_TRIAL: Source(self.position.checkpoint, self.root_actions)}
@@ -75,18 +73,11 @@ class TrialBook:
     def reroot(self, search: Search, position: Position, actions: Sequence[Value]) -> list[Checkpoint]:
         """Goes on with a search that has advanced to the state of `position`, which has a hash.
 
-        The root's checkpoint is now that of the position, and a branch from the old one is one from it.
+        The root's checkpoint is now that of the position.
 
         Returns:
             Checkpoints that no later trial can name.
         """
-        self.became_root = frozenset(
-            trial_id
-            for trial_id, (trial, result) in self.results.items()
-            if (trial.source == ROOT_TRIAL or trial.source in self.became_root)
-            and result.failure is None
-            and result.steps[-1].state_hash == position.step.state_hash
-        )
         kept = {trial: node for node, trial in enumerate(search.tree.trial) if node}
         gone = [trial for trial in self.sources if trial != ROOT_TRIAL and trial not in kept]
         useless = [self.sources.pop(trial).checkpoint for trial in gone]
@@ -94,7 +85,7 @@ class TrialBook:
         self.sources[ROOT_TRIAL] = Source(position.checkpoint, actions)
         self.results = {trial: self.results[trial] for trial in kept}
         self.node_trials = {node: trial for trial, node in kept.items()}
-        self.trial_nodes = {ROOT_TRIAL: 0, **dict.fromkeys(self.became_root, 0), **kept}
+        self.trial_nodes = {ROOT_TRIAL: 0, **kept}
         return useless
 
     def held(self) -> list[Checkpoint]:
@@ -135,15 +126,19 @@ class TrialBook:
         self, search: Search, t: int, policy: RngPolicy, node_id: int, n_step_return: float
     ) -> NodeRow:
         trial, result = self.results[self.node_trials[node_id]]
-        action_visits = search.tree.action_visits(node_id)
+        tree = search.tree
+        # Not the trial's own source: that may be gone, where joined paths lead here and the root has moved.
+        parent_id = int(tree.parent[node_id])
+        source = self.sources[self.node_trials.get(parent_id, ROOT_TRIAL)]
+        action_visits = tree.action_visits(node_id)
         step = result.steps[-1]
         checkpoint = result.checkpoint
         return NodeRow(
             t=t,
             node_id=node_id,
-            parent_id=self.trial_nodes[trial.source],
-            depth=int(search.tree.depth[node_id]),
-            action=self._action(trial),
+            parent_id=parent_id,
+            depth=int(tree.depth[node_id]),
+            action=source.actions[tree.action[node_id]],
             visits=int(search.tree.visits[node_id]),
             value=float(search.tree.value[node_id]),
             prior=float(search.tree.prior[node_id]),
@@ -169,7 +164,7 @@ class TrialBook:
             node_id=node_id,
             parent_id=self.trial_nodes[trial.source],
             depth=trial.depth,
-            action=self._action(trial),
+            action=self.sources[trial.source].actions[trial.action],
             visits=0,
             value=None,
             rng_policy=policy.value,
@@ -177,10 +172,6 @@ class TrialBook:
             duration_s=result.duration_s,
             failure=result.failure,
         )
-
-    def _action(self, trial: Trial) -> Value:
-        source = ROOT_TRIAL if trial.source in self.became_root else trial.source
-        return self.sources[source].actions[trial.action]
 
 
 def child_of(search: Search, node_id: int, action: int) -> int | None:
