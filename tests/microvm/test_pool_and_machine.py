@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.errors import BootError
+from rollout.errors import BootError, ForkError
 from rollout.sandbox.microvm.machine import MachineShape, Start, qemu_argv
 from rollout.sandbox.microvm.pool import Demand, Ready, VmmPool
 
@@ -107,13 +107,40 @@ async def test_a_pool_prefers_what_has_run_and_keeps_no_more_than_it_needs() -> 
     for ready in used:
         pool.give_back(ready)
     assert pool.num_ready == 2
-    assert [ready.vmm.is_killed for ready in used] == [False, False, True]
-    assert (await pool.take(dormant=False)).vmm is used[1].vmm
+    assert [ready.vmm.is_killed for ready in used] == [True, False, False]
+    assert (await pool.take(dormant=False)).vmm is used[2].vmm
     fresh = await pool.take(dormant=True)
     assert fresh.vmm not in [ready.vmm for ready in used]
     await pool.close()
     pool.give_back(Ready(fresh.vmm))
-    used[1].vmm.kill()
+    used[2].vmm.kill()
+    assert all(vmm.is_killed for vmm in made)
+
+
+async def test_a_pool_warms_up_what_it_starts_ahead() -> None:
+    made: list[FakeVmm] = []
+    warm: list[FakeVmm] = []
+
+    async def start() -> FakeVmm:
+        made.append(FakeVmm())
+        return made[-1]
+
+    async def warm_up(vmm: FakeVmm) -> None:
+        if len(made) == 3:
+            raise ForkError("not this one")
+        warm.append(vmm)
+
+    pool = VmmPool(start, Demand(low=2, high=2), warm_up)
+    first = (await pool.take()).vmm
+    assert not warm, "who waits does not wait for a warm-up"
+    while not made[2:] or not made[2].is_killed:
+        await asyncio.sleep(0.001)
+    assert pool.num_ready == 1
+    second = (await pool.take()).vmm
+    assert second is warm[0]
+    await pool.close()
+    first.kill()
+    second.kill()
     assert all(vmm.is_killed for vmm in made)
 
 

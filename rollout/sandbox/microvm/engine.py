@@ -24,8 +24,7 @@ from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError, CapacityError, CheckpointError, ForkError, RolloutError
 from rollout.sandbox.base import Capabilities, Checkpoint, PhaseTimings, Sandbox
 from rollout.sandbox.client import GuestClient
-from rollout.sandbox.microvm.memory import Pages
-from rollout.sandbox.microvm.pool import Ready
+from rollout.sandbox.microvm.pool import Ready, become
 from rollout.sandbox.microvm.room import Room
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox, Waking
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
@@ -67,11 +66,11 @@ class MicroVMEngine:
         self._clock = clock
         self._timings = PhaseTimings()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="microvm")
-        self._stocks = Stocks(config, image, self.in_thread)
+        self._cache = RawCache(_RAW_CACHE_BYTES)
+        self._stocks = Stocks(config, image, self.in_thread, self._cache)
         self._sandboxes: dict[str, MicroVMSandbox] = {}
         self._num_reserved = 0
         self._snapshots: dict[str, tuple[Snapshot, Stock]] = {}
-        self._cache = RawCache(_RAW_CACHE_BYTES)
         self._stock_of: dict[str, Stock] = {}
         self._room = Room(
             lambda: list(self._sandboxes.values()), config.memory_reserve_mib << 20, config.hibernate_after_s
@@ -121,6 +120,7 @@ class MicroVMEngine:
             raise ValueError(f"fork wants n >= 1 and one randomness per clone, got n={n}")
         snapshot, stock = self._find(checkpoint)
         policies = randomness if randomness is not None else [Randomness()] * n
+        stock.recent = snapshot
         stock.pool.announce(n)
         with self._reserve(n):
             tasks = [
@@ -241,7 +241,7 @@ class MicroVMEngine:
         """Makes a waiting VMM into a snapshot that has confirmed its handshake; kills it if that fails."""
         vmm, timeout_s = ready.vmm, self._config.fork_timeout_s
         try:
-            await self.in_thread(lambda: _become(ready, snapshot, self._cache, stock.pages, timeout_s))
+            await self.in_thread(lambda: become(ready, snapshot, self._cache, stock.pages, timeout_s))
             client = await GuestClient.connect(vmm.channel.dup())
         except BaseException:
             vmm.kill()
@@ -360,20 +360,6 @@ class MicroVMEngine:
         await self._stocks.close()
         self._snapshots.clear()
         self._workers.shutdown(wait=True)
-
-
-def _become(ready: Ready, snapshot: Snapshot, cache: RawCache, base_pages: Pages, timeout_s: float) -> None:
-    """Makes a waiting VMM into a snapshot."""
-    vmm, state = ready.vmm, snapshot.unpack_device_state()
-    if vmm.is_dormant:
-        vmm.assign(state, snapshot.page_numbers, snapshot.unpack_pages(cache, base_pages), timeout_s)
-        return
-    if ready.content is not None:
-        numbers, pages = snapshot.changes_since(ready.content, cache, base_pages)
-    else:
-        private = vmm.memory.private_pages()
-        numbers, pages = snapshot.changes_from(private, vmm.memory.read(private), cache, base_pages)
-    vmm.rewind(state, numbers, pages, timeout_s)
 
 
 async def _end_all(tasks: Sequence[asyncio.Task[MicroVMSandbox]]) -> None:

@@ -1,7 +1,8 @@
 """VMMs that wait to become a checkpoint of their base, so that a fork waits for none.
 
-Two kinds wait. Dormant ones were started ahead and have never run. Retired ones were left by a sandbox that
-ended; they are put back, which is far cheaper where a VMM translates code, so they are taken first.
+Two kinds wait. Dormant ones were started ahead and have never run. Retired ones have: a sandbox that ended
+left them, or they were started ahead and warmed up, so that a VMM that translates code has what the guest
+runs first translated. Putting one back is far cheaper then, so they are taken first.
 
 `Demand` is pure: it turns the recent takes of a base into the number of VMMs to keep ready. `VmmPool`
 acts on it: it refills in worker threads, off the path of whoever takes.
@@ -15,11 +16,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from rollout.errors import BootError
-from rollout.sandbox.microvm.snapshot import Snapshot
+from rollout.errors import BootError, RolloutError
+from rollout.sandbox.microvm.memory import Pages
+from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.vmm import Vmm
 
-__all__ = ["Demand", "Ready", "VmmPool"]
+__all__ = ["Demand", "Ready", "VmmPool", "become"]
 
 
 @dataclass(slots=True)
@@ -72,10 +74,17 @@ class VmmPool:
     Args:
         start: Starts one; raises `BootError`.
         demand: Decides how many to keep.
+        warm_up: Lets a dormant one run and stops it; raises `RolloutError`. None where it gains nothing.
     """
 
-    def __init__(self, start: Callable[[], Awaitable[Vmm]], demand: Demand) -> None:
+    def __init__(
+        self,
+        start: Callable[[], Awaitable[Vmm]],
+        demand: Demand,
+        warm_up: Callable[[Vmm], Awaitable[None]] | None = None,
+    ) -> None:
         self._start = start
+        self._warm_up = warm_up
         self._demand = demand
         self._dormant: list[Ready] = []
         self._retired: list[Ready] = []
@@ -106,14 +115,15 @@ class VmmPool:
         return found or Ready(await self._start_one())
 
     def give_back(self, ready: Ready) -> None:
-        """Takes a VMM that its user has no more use for, or ends it if enough are waiting."""
-        enough = max(self._demand.target(asyncio.get_running_loop().time()), 1)
-        if self._is_closed or len(self._retired) >= enough:
+        """Takes a VMM that its user has no more use for; ends the oldest ones that are more than enough."""
+        if self._is_closed:
             ready.vmm.kill()
             return
         self._retired.append(ready)
-        if self.num_ready > enough and self._dormant:
-            self._dormant.pop().vmm.kill()
+        enough = max(self._demand.target(asyncio.get_running_loop().time()), 1)
+        while self.num_ready > enough:
+            waiting = self._dormant or self._retired
+            waiting.pop(0).vmm.kill()
 
     async def close(self) -> None:
         """Ends those that wait. Idempotent."""
@@ -133,16 +143,27 @@ class VmmPool:
     async def _fill(self) -> None:
         loop = asyncio.get_running_loop()
         while not self._is_closed and self.num_ready < self._demand.target(loop.time()):
+            begun_s = loop.time()
             try:
-                self._dormant.append(Ready(await self._start_one()))
-            except BootError:
+                await self._start_ahead()
+            except RolloutError:
                 return  # the next take starts its own, and reports why it cannot
+            self._demand.note_start(loop.time() - begun_s)
+
+    async def _start_ahead(self) -> None:
+        vmm = await self._start_one()
+        if self._warm_up is None:
+            self._dormant.append(Ready(vmm))
+            return
+        try:
+            await self._warm_up(vmm)
+        except BaseException:
+            vmm.kill()
+            raise
+        self._retired.append(Ready(vmm))
 
     async def _start_one(self) -> Vmm:
-        loop = asyncio.get_running_loop()
-        begun_s = loop.time()
         vmm = await self._start()
-        self._demand.note_start(loop.time() - begun_s)
         if self._is_closed:
             vmm.kill()
             raise BootError("the engine is closed")
@@ -157,3 +178,22 @@ def _pop_living(waiting: list[Ready]) -> Ready | None:
             return ready
         ready.vmm.kill()
     return None
+
+
+def become(ready: Ready, snapshot: Snapshot, cache: RawCache, base_pages: Pages, timeout_s: float) -> None:
+    """Makes a waiting VMM into a snapshot; its vCPU runs when this returns. Blocking.
+
+    Raises:
+        CheckpointError: The snapshot is damaged.
+        ForkError: The VMM does not take it.
+    """
+    vmm, state = ready.vmm, snapshot.unpack_device_state()
+    if vmm.is_dormant:
+        vmm.assign(state, snapshot.page_numbers, snapshot.unpack_pages(cache, base_pages), timeout_s)
+        return
+    if ready.content is not None:
+        numbers, pages = snapshot.changes_since(ready.content, cache, base_pages)
+    else:
+        private = vmm.memory.private_pages()
+        numbers, pages = snapshot.changes_from(private, vmm.memory.read(private), cache, base_pages)
+    vmm.rewind(state, numbers, pages, timeout_s)

@@ -25,9 +25,9 @@ from rollout.sandbox.image.store import Image, ImageStore
 from rollout.sandbox.microvm.base import Base, BaseStore, base_key, new_memory_file
 from rollout.sandbox.microvm.machine import MachineShape
 from rollout.sandbox.microvm.memory import Pages, has_pagemap_scan, map_pages
-from rollout.sandbox.microvm.pool import Demand, VmmPool
+from rollout.sandbox.microvm.pool import Demand, Ready, VmmPool, become
 from rollout.sandbox.microvm.probe import choose_accel, qemu_binary
-from rollout.sandbox.microvm.snapshot import Snapshot
+from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.spawner import Spawner
 from rollout.sandbox.microvm.vmm import BootFiles, Vmm
 from rollout.sandbox.payload import payload_contents
@@ -53,7 +53,7 @@ class InThread(Protocol):
     def __call__(self, function: Callable[[], T], /) -> Awaitable[T]: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stock:
     """What clones of one image come from.
 
@@ -64,6 +64,7 @@ class Stock:
         pool: VMMs that wait.
         fingerprint: Of every checkpoint on this base.
         image_digest: The image.
+        recent: What was forked last, and will probably be forked next: VMMs started ahead warm up on it.
     """
 
     base: Base
@@ -72,15 +73,19 @@ class Stock:
     pool: VmmPool
     fingerprint: str
     image_digest: str
+    recent: Snapshot
 
 
 class Stocks:
     """The stocks of an engine, one an image, each made once even when many ask at the same time."""
 
-    def __init__(self, config: EngineConfig, image: ImageConfig, in_thread: InThread) -> None:
+    def __init__(
+        self, config: EngineConfig, image: ImageConfig, in_thread: InThread, cache: RawCache
+    ) -> None:
         self._config = config
         self._image_config = image
         self._in_thread = in_thread
+        self._cache = cache
         self._store = ImageStore()
         self._use_scan = has_pagemap_scan()
         self._spawner: Spawner | None = None
@@ -159,9 +164,22 @@ class Stocks:
             )
 
         fingerprint = hashlib.sha256(f"{shape.fingerprint(version)}:{base.digest}".encode()).hexdigest()[:32]
-        pool = VmmPool(start, Demand(low=_POOL_LOW, high=_POOL_HIGH))
-        pages = map_pages(base.ram_fd, shape.memory_bytes)
-        return Stock(base, Snapshot.at_base(base.device_state), pages, pool, fingerprint, image.digest)
+
+        async def warm_up(vmm: Vmm) -> None:
+            await self._warm_up(vmm, stock)
+
+        demand = Demand(low=_POOL_LOW, high=_POOL_HIGH)
+        is_worth_it = accel == "tcg" and self._config.reuse_vmms
+        stock = Stock(
+            base=base,
+            snapshot=(at_base := Snapshot.at_base(base.device_state)),
+            pages=map_pages(base.ram_fd, shape.memory_bytes),
+            pool=VmmPool(start, demand, warm_up if is_worth_it else None),
+            fingerprint=fingerprint,
+            image_digest=image.digest,
+            recent=at_base,
+        )
+        return stock
 
     async def _base(
         self, key: str, image: Image, shape: MachineShape, files: BootFiles, spawner: Spawner
@@ -182,6 +200,24 @@ class Stocks:
                 raise
         finally:
             lock.__exit__(None, None, None)
+
+    async def _warm_up(self, vmm: Vmm, stock: Stock) -> None:
+        """Lets a dormant VMM be what was forked last, for a handshake, and stops it.
+
+        Raises:
+            RolloutError: It does not come up, or cannot be put back.
+        """
+        timeout_s = self._config.fork_timeout_s
+        snapshot = stock.recent
+        await self._in_thread(lambda: become(Ready(vmm), snapshot, self._cache, stock.pages, timeout_s))
+        client = await GuestClient.connect(vmm.channel.dup())
+        try:
+            await client.hello(0, Randomness(), hostname="ready", timeout_s=timeout_s)
+            await client.call("ping", timeout_s=timeout_s)
+        finally:
+            await client.close()
+        if not await self._in_thread(lambda: vmm.retire(timeout_s)):
+            raise BootError("a VMM that was warmed up cannot be put back")
 
     async def _boot(self, shape: MachineShape, files: BootFiles, spawner: Spawner, fd: int) -> bytes:
         """Boots a machine into a memory file, warms it up and stops it for ever; returns its device state."""
