@@ -1,8 +1,8 @@
-"""Trainers load the exports with their own code, and take a step of training: TRL, verl, RLlib, PyTorch.
+"""Trainers load the exports with their own code: TRL, verl, SkyRL, RLlib; TRL and RLlib take a step of training.
 
 They need PyTorch, which is large: `scripts/test-loaders` installs them in a place of their own, and runs
 these.
-TRL has no trainer for `trl-prm` and `grpo`, nor could SkyRL's be tried: those are only loaded by `datasets`.
+TRL 1.16 has no trainer of its own for `trl-prm` and `grpo`: these are loaded by `datasets` alone, elsewhere.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def load(program: str, folder: Path) -> Any:
 def exported(open_sink: OpenSink, run_dir: Path, tmp_path: Path) -> Path:
     with open_sink() as sink:
         sink.write_many([make_trajectory(number) for number in NUMBERS])
-    for name in ("trl-sft", "trl-dpo", "trl-kto", "verl-rl", "verl-sft"):
+    for name in ("trl-sft", "trl-dpo", "trl-kto", "verl-rl", "verl-sft", "skyrl"):
         export_run(run_dir, name, tmp_path / name)
     return tmp_path
 
@@ -116,6 +116,14 @@ def test_verl_reads_its_exports(exported: Path) -> None:
     assert (found["data_source"], found["index"]) == ("Test-v0", 3)
     assert found["shape"] == [256]
     assert found["trained"] == "1<|im_end|>\n2<|im_end|>\n", "what the agent said, and nothing else"
+
+
+def test_skyrl_reads_its_export(exported: Path) -> None:
+    found = load("skyrl_program", exported)
+    assert (found["rows"], found["env_class"], found["uid"]) == (NUM_MOVES, "Test-v0", "3")
+    assert found["prompt"][-1]["role"] == "user"
+    assert found["env_extras"]["reward_spec"]["method"] == "rule"
+    assert found["env_extras"]["extra_info"]["index"] == 3
 
 
 def test_rllib_trains_on_its_export(boxes: Path) -> None:
