@@ -1,4 +1,4 @@
-"""Trainers load the exports with their own code: TRL, verl, SkyRL, RLlib; TRL and RLlib take a step of training.
+"""Trainers load the exports with their own code: TRL, verl, SkyRL, RLlib; TRL and RLlib take a training step.
 
 They need PyTorch, which is large: `scripts/test-loaders` installs them in a place of their own, and runs
 these.
