@@ -93,6 +93,36 @@ class ImageStore:
             raise BootError.wrap(error, f"cannot add an image to {self.root}") from error
         return image
 
+    def adopt(self, folder: Path, digest: str, manifest: Mapping[str, Any]) -> Image:
+        """Takes an image of another machine, whose `FILES` are in a folder, which moves; it gets no name.
+
+        Raises:
+            BootError: The files are not those of the digest, or the store cannot be written.
+        """
+        sha256 = {file: _sha256_of_file(folder / file) for file in FILES}
+        if hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest() != digest:
+            raise BootError(f"guest image {digest[:12]}: what came is another image, or damaged")
+        recipe = dict(manifest)
+        image = Image(digest, self.root / "images" / digest, sha256, recipe)
+        try:
+            text = json.dumps({"digest": digest, "sha256": sha256, "recipe": recipe}, indent=2)
+            (folder / "manifest.json").write_text(text)
+            image.path.parent.mkdir(parents=True, exist_ok=True)
+            if not (image.path / "manifest.json").exists():
+                shutil.rmtree(image.path, ignore_errors=True)
+                folder.rename(image.path)
+        except OSError as error:
+            raise BootError.wrap(error, f"cannot add an image to {self.root}") from error
+        return image
+
+    def get(self, digest: str) -> Image | None:
+        """The image of that digest, if it is here.
+
+        Raises:
+            BootError: Its manifest is damaged.
+        """
+        return self._load(digest)
+
     def find(self, name_or_digest: str) -> Image:
         """The image of that name or digest.
 

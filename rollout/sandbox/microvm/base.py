@@ -4,8 +4,9 @@ A base is made once for each (image, machine shape, QEMU build, warm-up) and kep
 engine loads it into a sealed memory file: every clone maps that privately, so they share its pages, none of
 them can write to it, and it is gone with the engine, however the engine ends.
 
-On disk, under `bases/<key>/` of the cache folder: `pages.zst` and `numbers.npy` (the pages that are not
-empty), `state.zst` (device state), and `manifest.json`, written last, with the checksums of the others.
+On disk, under `bases/<key>/` of the cache folder (`bases/<key>.<digest>/` if another machine made it):
+`pages.zst` and `numbers.npy` (the pages that are not empty), `state.zst` (device state), and `manifest.json`,
+written last, with the checksums of the others.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +122,74 @@ class BaseStore:
         Raises:
             BootError: It is damaged; the message says what to delete.
         """
-        folder = self._folder / key
+        return self._load(self._folder / key, key, memory_bytes)
+
+    def load_imported(self, key: str, digest: str, memory_bytes: int) -> Base | None:
+        """As `load`, the base of that content; None if it is not here.
+
+        Raises:
+            BootError: It is damaged; the message says what to delete.
+        """
+        folder = self._folder_of(key, digest)
+        return None if folder is None else self._load(folder, key, memory_bytes)
+
+    def has(self, key: str, digest: str) -> bool:
+        """Whether the base of that content is here."""
+        return self._folder_of(key, digest) is not None
+
+    def files_of(self, base: Base) -> tuple[Path, dict[str, str]]:
+        """Folder of a base, and its files with their checksums.
+
+        Raises:
+            CheckpointError: It is not in the cache any more.
+        """
+        folder = self._folder_of(base.key, base.digest)
+        if folder is None:
+            raise CheckpointError(f"the base {base.key} is gone from {self._folder}: it cannot be exported")
+        return folder, dict(json.loads((folder / "manifest.json").read_text())["sha256"])
+
+    def new_folder(self) -> Path:
+        """A temporary folder, from which `adopt` takes a base.
+
+        Raises:
+            BootError: The cache cannot be written.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=".import-", dir=self._folder))
+        except OSError as error:
+            raise BootError.wrap(error, f"cannot write to the cache folder {self._folder}") from error
+
+    def adopt(self, folder: Path, key: str, sha256: Mapping[str, str]) -> str:
+        """Keeps the base of another machine, whose files are in a folder, which moves; returns its digest.
+
+        The checksums of the files are compared when it is loaded.
+
+        Raises:
+            BootError: The cache cannot be written.
+        """
+        digest = _digest_of_files(sha256)
+        try:
+            (folder / "manifest.json").write_text(json.dumps({"digest": digest, "sha256": dict(sha256)}))
+            target = self._folder / f"{key}.{digest}"
+            if self._digest_of(target) != digest:
+                shutil.rmtree(target, ignore_errors=True)
+                folder.rename(target)
+        except OSError as error:
+            raise BootError.wrap(error, f"cannot keep a base in {self._folder}") from error
+        return digest
+
+    def _folder_of(self, key: str, digest: str) -> Path | None:
+        folders = (self._folder / key, self._folder / f"{key}.{digest}")
+        return next((folder for folder in folders if self._digest_of(folder) == digest), None)
+
+    def _digest_of(self, folder: Path) -> str | None:
+        try:
+            return json.loads((folder / "manifest.json").read_text())["digest"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None  # whoever asked for this very folder is told by `_load`
+
+    def _load(self, folder: Path, key: str, memory_bytes: int) -> Base | None:
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
         except FileNotFoundError:
@@ -147,7 +216,7 @@ class BaseStore:
         try:
             folder.mkdir(parents=True)
             sha256 = _pack(folder, fd, device_state)
-            digest = hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()[:32]
+            digest = _digest_of_files(sha256)
             (folder / "manifest.json").write_text(json.dumps({"digest": digest, "sha256": sha256}))
             folder.rename(self._folder / key)
         except OSError as error:
@@ -167,6 +236,10 @@ class BaseStore:
                 chunk = numbers[begin : begin + _CHUNK_PAGES]
                 _write_runs(fd, chunk, pages.read(len(chunk) * GUEST_PAGE_BYTES))
         return zstandard.ZstdDecompressor().decompress((folder / "state.zst").read_bytes())
+
+
+def _digest_of_files(sha256: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(sha256), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _seal(fd: int) -> None:

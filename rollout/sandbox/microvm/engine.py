@@ -146,6 +146,26 @@ class MicroVMEngine:
         """Frees a checkpoint; see `Engine.discard`."""
         self._snapshots.pop(checkpoint.id, None)
 
+    @property
+    def stocks(self) -> Stocks:
+        """What its sandboxes are made from."""
+        return self._stocks
+
+    def content_of(self, checkpoint: Checkpoint) -> tuple[Snapshot, Stock]:
+        """What a checkpoint holds, and what it was made from.
+
+        Raises:
+            CheckpointError: It is unknown here, or has been discarded.
+        """
+        return self._find(checkpoint)
+
+    def adopt(
+        self, checkpoint_id: str, parent_id: str | None, snapshot: Snapshot, stock: Stock
+    ) -> Checkpoint:
+        """Makes a checkpoint of a snapshot that another engine made, under its name there."""
+        self._snapshots.setdefault(checkpoint_id, (snapshot, stock))
+        return _checkpoint(checkpoint_id, parent_id, snapshot, stock)
+
     async def close(self) -> None:
         """Kills every sandbox, ends the launcher and frees every checkpoint. Idempotent."""
         if not self._is_closed:
@@ -196,14 +216,7 @@ class MicroVMEngine:
         stock = self._stock_of[sandbox.id]
         checkpoint_id = f"ckpt-{self._prefix}-{next(self._names)}"
         self._snapshots[checkpoint_id] = (snapshot, stock)
-        return Checkpoint(
-            id=checkpoint_id,
-            parent_id=sandbox.parent_id,
-            engine="microvm",
-            fingerprint=stock.fingerprint,
-            image_digest=stock.image_digest,
-            private_bytes=snapshot.own_bytes,
-        )
+        return _checkpoint(checkpoint_id, sandbox.parent_id, snapshot, stock)
 
     async def revive(self, sandbox: MicroVMSandbox, snapshot: Snapshot, randomness: Randomness) -> Waking:
         """Restores a snapshot under a sandbox's identity.
@@ -360,6 +373,17 @@ class MicroVMEngine:
         await self._stocks.close()
         self._snapshots.clear()
         self._workers.shutdown(wait=True)
+
+
+def _checkpoint(checkpoint_id: str, parent_id: str | None, snapshot: Snapshot, stock: Stock) -> Checkpoint:
+    return Checkpoint(
+        id=checkpoint_id,
+        parent_id=parent_id,
+        engine="microvm",
+        fingerprint=stock.fingerprint,
+        image_digest=stock.image_digest,
+        private_bytes=snapshot.own_bytes,
+    )
 
 
 async def _end_all(tasks: Sequence[asyncio.Task[MicroVMSandbox]]) -> None:

@@ -12,17 +12,18 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from rollout.config import EngineConfig, ImageConfig
-from rollout.errors import BootError, GuestError, RolloutError
+from rollout.errors import BootError, CheckpointError, GuestError, RolloutError
 from rollout.sandbox.base import Capabilities
 from rollout.sandbox.client import GuestClient
 from rollout.sandbox.image.store import Image, ImageStore
 from rollout.sandbox.microvm.base import Base, BaseStore, base_key, new_memory_file
+from rollout.sandbox.microvm.identity import machine_of, require_same
 from rollout.sandbox.microvm.machine import MachineShape
 from rollout.sandbox.microvm.memory import Pages, has_pagemap_scan, map_pages
 from rollout.sandbox.microvm.pool import Demand, Ready, VmmPool, become
@@ -64,6 +65,7 @@ class Stock:
         pool: VMMs that wait.
         fingerprint: Of every checkpoint on this base.
         image_digest: The image.
+        machine: What must be the same to restore a checkpoint, by name.
         recent: What was forked last, and will probably be forked next: VMMs started ahead warm up on it.
     """
 
@@ -73,6 +75,7 @@ class Stock:
     pool: VmmPool
     fingerprint: str
     image_digest: str
+    machine: Mapping[str, str]
     recent: Snapshot
 
 
@@ -120,6 +123,29 @@ class Stocks:
                 stock = self._stocks[image.digest] = await self._make(image)
             return stock
 
+    async def of_base(self, image_digest: str, base_digest: str, machine: Mapping[str, str]) -> Stock:
+        """The stock of a base that another machine made.
+
+        Args:
+            image_digest: The image, which is in the store.
+            base_digest: The base, which is in the cache.
+            machine: What its checkpoints need.
+
+        Raises:
+            CheckpointError: This machine is another one, or the base is not here.
+            BootError: The image is of another version of this package, or something is damaged.
+        """
+        async with self._making:
+            image = self._store.find_current(image_digest, payload_contents())
+            for stock in self._stocks.values():
+                if (stock.image_digest, stock.base.digest) == (image.digest, base_digest):
+                    require_same(machine, stock.machine)
+                    return stock
+            stock = self._stocks[f"{image.digest}:{base_digest}"] = await self._make(
+                image, base_digest=base_digest, wanted=machine
+            )
+            return stock
+
     async def close(self) -> None:
         """Ends the waiting VMMs and the launcher. Idempotent."""
         for stock in self._stocks.values():
@@ -131,12 +157,17 @@ class Stocks:
             stock.base.close()
         self._stocks.clear()
 
-    async def _make(self, image: Image) -> Stock:
+    async def _make(
+        self, image: Image, *, base_digest: str | None = None, wanted: Mapping[str, str] | None = None
+    ) -> Stock:
         accel = self._accel or await self._in_thread(lambda: choose_accel(self._config.accel, image))
         self._accel = accel
         shape = MachineShape(accel, self._config.memory_mib)
         binary = qemu_binary(accel)
         version = _version_of(binary)
+        machine = machine_of(shape, version)
+        if wanted is not None:
+            require_same(wanted, machine)
         files = BootFiles(
             binary=binary,
             disk=Path(_IMAGES) / image.digest / "rootfs.erofs",
@@ -149,7 +180,10 @@ class Stocks:
             images = {_IMAGES: self._store.root / "images"}
             spawner = self._spawner = Spawner(images, devices, programs=[binary])
         key = base_key(image, shape, version, self._image_config.warm_up)
-        base = await self._base(key, image, shape, files, spawner)
+        if base_digest is None:
+            base = await self._base(key, image, shape, files, spawner)
+        else:
+            base = await self._imported_base(key, base_digest, shape)
 
         async def start() -> Vmm:
             return await self._in_thread(
@@ -177,9 +211,17 @@ class Stocks:
             pool=VmmPool(start, demand, warm_up if is_worth_it else None),
             fingerprint=fingerprint,
             image_digest=image.digest,
+            machine=machine,
             recent=at_base,
         )
         return stock
+
+    async def _imported_base(self, key: str, digest: str, shape: MachineShape) -> Base:
+        bases = BaseStore(self._store.root)
+        base = await self._in_thread(lambda: bases.load_imported(key, digest, shape.memory_bytes))
+        if base is None:
+            raise CheckpointError(f"the base {digest} is not here, or is for another machine or warm-up")
+        return base
 
     async def _base(
         self, key: str, image: Image, shape: MachineShape, files: BootFiles, spawner: Spawner

@@ -1,0 +1,162 @@
+"""Exports checkpoints of a microvm engine to a folder, and imports them into another engine, on any host.
+
+An import needs no checkpoint but the one that is asked for; its ancestors come with it where they are there
+too. A checkpoint keeps its name. The guest image and the base are fetched if they are not in the cache.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rollout.errors import BootError, CheckpointError
+from rollout.sandbox.base import Checkpoint
+from rollout.sandbox.image.store import FILES, ImageStore
+from rollout.sandbox.microvm.base import BaseStore
+from rollout.sandbox.microvm.engine import MicroVMEngine
+from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES
+from rollout.sandbox.microvm.snapshot import PageBlock, Snapshot
+from rollout.sandbox.microvm.stock import Stock
+from rollout.sandbox.microvm.transfer import Depot, snapshot_from_parts, snapshot_parts
+
+__all__ = ["export_checkpoints", "import_checkpoint"]
+
+_BASE_FILES = frozenset({"pages.zst", "numbers.npy", "state.zst"})
+_MAX_LINEAGE = 10_000
+
+
+async def export_checkpoints(
+    engine: MicroVMEngine,
+    checkpoints: Sequence[Checkpoint],
+    location: str,
+    *,
+    origin: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes checkpoints to a folder, with all that restoring them needs.
+
+    Args:
+        engine: Which holds them.
+        checkpoints: A checkpoint and those of its ancestors that are to come along, in any order.
+        location: A local path or a URI of `pyarrow.fs`.
+        origin: Where they come from, kept with them as it is: JSON values.
+
+    Raises:
+        CheckpointError: One is unknown to the engine, or the folder cannot be written.
+    """
+    depot = Depot(location)
+    held = [(checkpoint, *engine.content_of(checkpoint)) for checkpoint in checkpoints]
+    for checkpoint, snapshot, stock in held:
+        await engine.in_thread(
+            lambda each=checkpoint, content=snapshot, of=stock: _export(depot, each, content, of, origin)
+        )
+
+
+def _export(
+    depot: Depot, checkpoint: Checkpoint, snapshot: Snapshot, stock: Stock, origin: Mapping[str, Any] | None
+) -> None:
+    images = ImageStore()
+    image = images.find(stock.image_digest)
+    folder, base_sha256 = BaseStore(images.root).files_of(stock.base)
+    record = {
+        "parent_id": checkpoint.parent_id,
+        "fingerprint": checkpoint.fingerprint,
+        "machine": dict(stock.machine),
+        "base": {"key": stock.base.key, "digest": stock.base.digest, "files": base_sha256},
+        "image": {"digest": image.digest, "files": dict(image.sha256), "recipe": dict(image.recipe)},
+        "content": snapshot_parts(depot, snapshot),
+        "origin": dict(origin or {}),
+    }
+    for name, digest in base_sha256.items():
+        depot.put_file(folder / name, digest)
+    for name, digest in image.sha256.items():
+        depot.put_file(image.file(name), digest)
+    depot.put_record(checkpoint.id, record)
+
+
+async def import_checkpoint(
+    engine: MicroVMEngine, location: str, checkpoint_id: str
+) -> tuple[list[Checkpoint], dict[str, Any]]:
+    """Reads a checkpoint of a folder into an engine.
+
+    Args:
+        engine: Which is to hold it.
+        location: A local path or a URI of `pyarrow.fs`.
+        checkpoint_id: Its name.
+
+    Returns:
+        The checkpoint, after those of its ancestors that are in the folder, oldest first; and its origin.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or of another machine; nothing was taken in.
+        BootError: Its image is of another version of this package, or the cache cannot be written.
+    """
+    depot = Depot(location)
+    records = await engine.in_thread(lambda: _lineage(depot, checkpoint_id))
+    blocks: dict[str, PageBlock] = {}
+    taken: list[tuple[str, str | None, Snapshot, Stock]] = []
+    for name, record in records:
+        try:
+            taken.append((name, record["parent_id"], *await _import(engine, depot, record, blocks)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {name} in {location} is damaged: {error!r}") from error
+    return [engine.adopt(*each) for each in taken], dict(records[-1][1].get("origin", {}))
+
+
+async def _import(
+    engine: MicroVMEngine, depot: Depot, record: Mapping[str, Any], blocks: dict[str, PageBlock]
+) -> tuple[Snapshot, Stock]:
+    base, image, machine = record["base"], record["image"], record["machine"]
+    try:
+        await engine.in_thread(lambda: _fetch_image(depot, image))
+        await engine.in_thread(lambda: _fetch_base(depot, base))
+    except BootError as error:
+        raise CheckpointError(error.message) from error
+    stock = await engine.stocks.of_base(image["digest"], base["digest"], machine)
+    if stock.fingerprint != record["fingerprint"]:
+        raise CheckpointError("this checkpoint is of another machine: its fingerprint differs")
+    num_pages = stock.pages.size // GUEST_PAGE_BYTES
+    return await engine.in_thread(
+        lambda: snapshot_from_parts(depot, record["content"], num_pages, blocks)
+    ), stock
+
+
+def _lineage(depot: Depot, checkpoint_id: str) -> list[tuple[str, dict[str, Any]]]:
+    """A checkpoint and its ancestors as far as they are there, oldest first."""
+    found = [(checkpoint_id, depot.record(checkpoint_id))]
+    there = frozenset(depot.ids())
+    while (parent := found[-1][1].get("parent_id")) in there and len(found) < _MAX_LINEAGE:
+        if parent in {name for name, _ in found}:
+            raise CheckpointError(f"checkpoint {checkpoint_id} in {depot.location} is its own ancestor")
+        found.append((parent, depot.record(parent)))
+    return found[::-1]
+
+
+def _fetch_image(depot: Depot, image: Mapping[str, Any]) -> None:
+    store = ImageStore()
+    if store.get(image["digest"]) is not None:
+        return
+    with store.scratch() as scratch:
+        folder = scratch / "image"
+        folder.mkdir()
+        for name in FILES:
+            depot.get_file(image["files"][name], folder / name)
+        store.adopt(folder, image["digest"], image["recipe"])
+
+
+def _fetch_base(depot: Depot, base: Mapping[str, Any]) -> None:
+    bases = BaseStore(ImageStore().root)
+    key, digest, files = str(base["key"]), str(base["digest"]), dict(base["files"])
+    if not (key.isalnum() and digest.isalnum()) or files.keys() != _BASE_FILES:
+        raise CheckpointError(f"a checkpoint in {depot.location} is damaged: it names no base")
+    if bases.has(key, digest):
+        return
+    folder: Path = bases.new_folder()
+    try:
+        for name, sha256 in files.items():
+            depot.get_file(sha256, folder / name)
+        if bases.adopt(folder, key, files) != digest:
+            raise CheckpointError(f"a checkpoint in {depot.location} is damaged: its base is another one")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
