@@ -79,6 +79,8 @@ class Start:
         firmware: Raw firmware to run instead of a kernel: guests without an operating system.
         rewind_fds: Disk of the states that it is put back to, and socket of the qtest protocol; None for the
             VM that makes a base.
+        filters_itself: The program has QEMU's own filter of system calls. Debian's small KVM build has none,
+            and is left to the filter that it is started under.
     """
 
     binary: str
@@ -93,6 +95,7 @@ class Start:
     tsc_khz: int | None = None
     firmware: Path | None = None
     rewind_fds: tuple[int, int] | None = None
+    filters_itself: bool = True
 
 
 def qemu_argv(shape: MachineShape, start: Start) -> list[str]:
@@ -107,7 +110,7 @@ def qemu_argv(shape: MachineShape, start: Start) -> list[str]:
         f"memory-backend-file,id=ram,size={shape.memory_mib}M,mem-path={start.ram},share={share}",
         *("-chardev", f"socket,id=qmp,fd={start.qmp_fd}", "-mon", "chardev=qmp,mode=control"),
         *("-add-fd", f"fd={start.state_fd},set=1"),
-        *("-sandbox", _SANDBOX),
+        *(("-sandbox", _SANDBOX) if start.filters_itself else ()),
     ]
     argv += _devices(start)
     if start.rewind_fds is not None:

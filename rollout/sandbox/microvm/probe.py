@@ -19,7 +19,7 @@ from pathlib import Path
 from rollout.errors import BootError
 from rollout.sandbox.image.store import Image, cache_dir
 
-__all__ = ["AccelProbe", "choose_accel", "probe_kvm", "qemu_binary"]
+__all__ = ["AccelProbe", "choose_accel", "filters_itself", "probe_kvm", "qemu_binary"]
 
 _KVM_DEVICE = Path("/dev/kvm")
 _BOOT_DEADLINE_S = 12.0
@@ -54,6 +54,12 @@ def qemu_binary(accel: str) -> str:
         if (path := shutil.which(name)) is not None:
             return path
     raise BootError(f"{_FULL_BINARY} is not installed; install it with: apt-get install qemu-system-x86")
+
+
+def filters_itself(binary: str) -> bool:
+    """Whether a QEMU program can filter its own system calls (`-sandbox`)."""
+    argv = [binary, "-sandbox", "on", "-machine", "help"]
+    return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
 def choose_accel(wanted: str, image: Image) -> str:

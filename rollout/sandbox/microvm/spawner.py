@@ -107,7 +107,9 @@ class Spawner:
         self._lock = threading.Lock()
         self._num_spawned = 0
         self._is_root = os.geteuid() == 0
-        wall = _wall(_view(read_only, devices, programs), as_root=self._is_root)
+        self._nodes = tempfile.TemporaryDirectory(prefix="rollout-nodes-")
+        nodes = _own_nodes(devices, Path(self._nodes.name)) if self._is_root else {d: d for d in devices}
+        wall = _wall(_view(read_only, nodes, programs), as_root=self._is_root)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -172,6 +174,7 @@ class Spawner:
             self._process.kill()
             self._process.wait()
         self._log.close()
+        self._nodes.cleanup()
 
     def _last_words(self) -> str:
         self._log.seek(0)
@@ -204,15 +207,34 @@ def _limits(fds: Sequence[int]) -> dict[str, int]:
     return {name: value if hard[name] < 0 else min(value, hard[name]) for name, value in wanted.items()}
 
 
+def _own_nodes(devices: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Nodes of the same devices that any user may open, for VMMs that have users of their own.
+
+    Raises:
+        BootError: They cannot be made.
+    """
+    folder.chmod(0o700)
+    nodes: dict[Path, Path] = {}
+    for device in devices:
+        nodes[device] = folder / device.name
+        try:
+            os.mknod(nodes[device], stat.S_IFCHR, device.stat().st_rdev)
+            nodes[device].chmod(0o666)
+        except OSError as error:
+            raise BootError.wrap(error, f"cannot give VMMs the device {device}") from error
+    return nodes
+
+
 def _view(
-    read_only: Mapping[str, Path], devices: Sequence[Path], programs: Sequence[str | Path]
+    read_only: Mapping[str, Path], devices: Mapping[Path, Path], programs: Sequence[str | Path]
 ) -> list[str]:
     """Arguments of bubblewrap: the root folder of VMMs."""
     shown = {path: path for path in (*_VMM_DATA, *_files_of(programs))}
     shown |= {inside: str(path) for inside, path in read_only.items()}
     binds = [part for inside, path in shown.items() for part in ("--ro-bind-try", path, VIEW_FOLDER + inside)]
-    nodes = {str(path): str(path) for path in (*_VMM_DEVICES, *devices)}
-    binds += [part for path in nodes for part in ("--dev-bind", path, VIEW_FOLDER + path)]
+    nodes = {str(path): str(path) for path in _VMM_DEVICES}
+    nodes |= {str(inside): str(path) for inside, path in devices.items()}
+    binds += [part for inside, path in nodes.items() for part in ("--dev-bind", path, VIEW_FOLDER + inside)]
     # Made first, for anyone to enter: those that a bind makes on its way are only root's.
     folders = {str(folder) for inside in (*shown, *nodes) for folder in Path(inside).parents}
     entered = [part for folder in sorted(folders - {"/"}) for part in ("--dir", VIEW_FOLDER + folder)]

@@ -27,7 +27,7 @@ from rollout.sandbox.microvm.identity import machine_of, require_same
 from rollout.sandbox.microvm.machine import MachineShape
 from rollout.sandbox.microvm.memory import Pages, has_pagemap_scan, map_pages
 from rollout.sandbox.microvm.pool import Demand, Ready, VmmPool, become
-from rollout.sandbox.microvm.probe import choose_accel, qemu_binary
+from rollout.sandbox.microvm.probe import choose_accel, filters_itself, qemu_binary
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.spawner import Spawner
 from rollout.sandbox.microvm.vmm import BootFiles, Vmm
@@ -173,6 +173,7 @@ class Stocks:
             disk=Path(_IMAGES) / image.digest / "rootfs.erofs",
             kernel=Path(_IMAGES) / image.digest / "vmlinuz",
             initrd=Path(_IMAGES) / image.digest / "initrd",
+            filters_itself=filters_itself(binary),
         )
         spawner = self._spawner
         if spawner is None:

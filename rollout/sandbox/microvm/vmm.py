@@ -53,6 +53,7 @@ class BootFiles:
         kernel: Kernel, for a boot.
         initrd: Its initial file system.
         firmware: Raw firmware instead of a kernel.
+        filters_itself: See `Start`.
     """
 
     binary: str
@@ -60,6 +61,7 @@ class BootFiles:
     kernel: Path | None = None
     initrd: Path | None = None
     firmware: Path | None = None
+    filters_itself: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ class Vmm:
             initrd=files.initrd if boots else None,
             tsc_khz=measure_tsc_khz() if boots and shape.accel == "tcg" else None,
             firmware=files.firmware if make_base else None,
+            filters_itself=files.filters_itself,
             rewind_fds=None if make_base else (FIRST_FD + 4, FIRST_FD + 5),
         )
         child: Child | None = None

@@ -1,0 +1,100 @@
+"""A guest without an operating system: real-mode code that answers on the serial port.
+
+It runs wherever a virtual CPU does, also under hypervisors that boot no stock Linux, so saving and cloning
+under KVM can be tried and measured there. Each byte that it gets is a command:
+
+| byte | what it does | answer |
+|---|---|---|
+| `i` | adds one to its counter, at 64 KiB | the counter |
+| `r` | | the counter |
+| `w`, n | writes n to the first byte of the n-th page from 128 KiB on | `w` |
+| other | | the same byte |
+
+At reset it copies itself to RAM: firmware is not loaded into a clone.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Final
+
+__all__ = ["COUNTER_PAGE", "FIRST_WRITTEN_PAGE", "MEMORY_MIB", "ask", "tiny_firmware"]
+
+MEMORY_MIB: Final = 64
+COUNTER_PAGE: Final = 0x10000 // 4096
+FIRST_WRITTEN_PAGE: Final = 0x20000 // 4096
+_FIRMWARE_BYTES: Final = 64 << 10
+_RESET_VECTOR: Final = 0xFFF0
+_RUNS_AT: Final = 0x7C00
+
+# Offsets of the routines in the code; `_code` checks them.
+_GETC, _PUTC, _MAIN = 0x40, 0x50, 0x80
+
+
+def tiny_firmware() -> bytes:
+    """64 KiB of firmware, to be mapped so that they end at the reset vector's segment."""
+    image = bytearray(_FIRMWARE_BYTES)
+    code = _code()
+    image[: len(code)] = code
+    image[_RESET_VECTOR : _RESET_VECTOR + 5] = bytes.fromhex("ea 00 00 00 f0")  # jmp 0xf000:0
+    return bytes(image)
+
+
+def ask(channel: socket.socket, request: bytes, timeout_s: float = 10.0) -> int:
+    """Sends a command and returns the byte that comes back.
+
+    Raises:
+        TimeoutError: None did.
+    """
+    channel.settimeout(timeout_s)
+    channel.sendall(request)
+    return channel.recv(1)[0]
+
+
+def _code() -> bytes:
+    start = bytes.fromhex(
+        "fa 31c0 8ec0 8cc8 8ed8"  # cli; es = 0; ds = cs
+        "31f6 bf007c b90001 fc f3a5"  # 512 bytes from ds:0 to 0x7c00
+    )
+    start += b"\xea" + (_RUNS_AT + _MAIN).to_bytes(2, "little") + b"\0\0"  # jmp 0:main
+    getc = bytes.fromhex("bafd03 ec a801 74fb baf803 ec c3")  # wait for a byte; al = it
+    putc = bytes.fromhex("88c1 bafd03 ec a820 74fb baf803 88c8 ee c3")  # wait for room; send al
+    parts = [(0, start), (_GETC, getc), (_PUTC, putc), (_MAIN, _main())]
+    code = bytearray(512)
+    for place, part in parts:
+        assert not any(code[place : place + len(part)]), "routines overlap"
+        code[place : place + len(part)] = part
+    return bytes(code)
+
+
+def _main() -> bytes:
+    code = bytearray.fromhex("31c0 8ed0 bc007c")  # a stack below the code
+    loop = len(code)
+
+    def call(routine: int) -> None:
+        distance = routine - (_MAIN + len(code) + 3)
+        code.extend(b"\xe8" + distance.to_bytes(2, "little", signed=True))
+
+    def again() -> None:
+        distance = loop - (len(code) + 2)
+        code.extend(b"\xeb" + distance.to_bytes(1, "little", signed=True))
+
+    def on(command: bytes, body: bytes, *, argument: bool = False) -> None:
+        code.extend(b"\x3c" + command + b"\x75\0")  # cmp al, command; jne next
+        jump = len(code)
+        if argument:
+            call(_GETC)
+        code.extend(body)
+        call(_PUTC)
+        again()
+        code[jump - 1] = len(code) - jump
+
+    call(_GETC)
+    counter = bytes.fromhex("b80010 8ed8")  # ds = 0x1000
+    on(b"i", counter + bytes.fromhex("fe060000 a00000"))  # inc byte [0]; al = it
+    on(b"r", counter + bytes.fromhex("a00000"))
+    # bl = al; ds = 0x2000 + al * 0x100; byte [0] = bl; al = 'w'
+    on(b"w", bytes.fromhex("88c3 88c4 80c420 b000 8ed8 881e0000 b077"), argument=True)
+    call(_PUTC)
+    again()
+    return bytes(code)
