@@ -40,6 +40,7 @@ from rollout.loading import load_env
 from rollout.policy.evaluators import make_evaluator
 from rollout.runner import EpisodeSpec, Runner, episode_specs
 from rollout.sandbox.base import Capabilities, PhaseTimings
+from rollout.sandbox.economics import ways_record
 from rollout.sandbox.engines import choose_engine_kind
 from rollout.trajectory.recover import recover_run
 from rollout.trajectory.rows import Trajectory
@@ -318,6 +319,7 @@ class _Run:
                 "evicted_checkpoints": stats.evicted_checkpoints + earlier.get("evicted_checkpoints", 0),
                 "remade_checkpoints": stats.remade_checkpoints + earlier.get("remade_checkpoints", 0),
                 "lost_hosts": self._fleet.num_lost_hosts + earlier.get("lost_hosts", 0),
+                "economics": ways_record(stats.ways, earlier.get("economics", {})),
                 "duration_s": round(self._record.played_s + duration_s, 3),
             },
         )

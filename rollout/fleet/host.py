@@ -138,6 +138,7 @@ class Host:
             remade_checkpoints=stats.remade_checkpoints,
             rss_bytes=await asyncio.to_thread(_resident_bytes),
             timings=PhaseTimings(dict(timings.seconds), dict(timings.calls)),
+            ways=dict(stats.ways),
         )
 
     async def close(self) -> None:

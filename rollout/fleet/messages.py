@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Generic, TypeVar
 
 from rollout.sandbox.base import Capabilities, PhaseTimings
+from rollout.sandbox.economics import WayCost, add_ways
 from rollout.types import Value
 
 __all__ = ["HostInfo", "HostStats", "Reply"]
@@ -56,14 +57,17 @@ class HostStats:
     remade_checkpoints: int = 0
     rss_bytes: int = 0
     timings: PhaseTimings = field(default_factory=PhaseTimings)
+    ways: Mapping[str, WayCost] = field(default_factory=dict[str, WayCost])
 
     def plus(self, other: HostStats) -> HostStats:
         """The sum over two hosts."""
         timings = PhaseTimings(dict(self.timings.seconds), dict(self.timings.calls))
         timings.merge(other.timings)
-        numbers = [f.name for f in fields(self) if f.name != "timings"]
+        numbers = [f.name for f in fields(self) if f.name not in ("timings", "ways")]
         return HostStats(
-            **{name: getattr(self, name) + getattr(other, name) for name in numbers}, timings=timings
+            **{name: getattr(self, name) + getattr(other, name) for name in numbers},
+            timings=timings,
+            ways=add_ways(self.ways, other.ways),
         )
 
     def counts_only(self) -> HostStats:

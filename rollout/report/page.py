@@ -36,6 +36,7 @@ from rollout.report.charts import (
     returns_figure,
     timeline_figures,
 )
+from rollout.report.economics import economics_card
 from rollout.report.sections import (
     card,
     config_card,
@@ -115,7 +116,14 @@ def render_page(summary: RunSummary, details: Sequence[EpisodeDetail]) -> str:
         notes=notes_block(summary.notes),
         first_cards="\n".join(cards[:_NUM_FIRST_CARDS]),
         explorer=explorer_section(cuts_text(summary, details)) if details else "",
-        cards="\n".join([*cards[_NUM_FIRST_CARDS:], episodes_card(summary, shown), config_card(summary)]),
+        cards="\n".join(
+            [
+                *cards[_NUM_FIRST_CARDS:],
+                economics_card(summary),
+                episodes_card(summary, shown),
+                config_card(summary),
+            ]
+        ),
         footer=_FOOTER,
         data=_packed(json.dumps(data, allow_nan=False, separators=(",", ":"))),
         plotly=_packed(plotly_code),

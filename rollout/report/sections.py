@@ -21,6 +21,7 @@ __all__ = [
     "interval_text",
     "notes_block",
     "subtitle",
+    "table",
     "tiles",
 ]
 
@@ -113,8 +114,8 @@ def failures_card(summary: RunSummary) -> str:
         (f"{group.num_final:,}", f"{group.num_retried:,}", group.boundary, printable(group.cause, 500))
         for group in shown
     ]
-    table = _table(("episodes lost", "attempts begun again", "boundary", "cause"), rows, numbers=(0, 1))
-    return card("two-thirds", "Causes of failure", _of(len(shown), len(summary.failures), "causes"), table)
+    body = table(("episodes lost", "attempts begun again", "boundary", "cause"), rows, numbers=(0, 1))
+    return card("two-thirds", "Causes of failure", _of(len(shown), len(summary.failures), "causes"), body)
 
 
 def episodes_card(summary: RunSummary, explorable: Collection[int]) -> str:
@@ -178,7 +179,8 @@ def _of(shown: int, total: int, what: str) -> str:
     return f"{total:,} {what}." if shown == total else f"The first {shown:,} of {total:,} {what}."
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int]) -> str:
+    """A table that scrolls in its card; the columns in `numbers` are set to the right."""
     head = "".join(f"<th{_class(i in numbers)}>{html.escape(name)}</th>" for i, name in enumerate(header))
     body = "".join(
         "<tr>"

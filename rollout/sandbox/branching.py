@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,8 +29,9 @@ from rollout.config import EngineConfig
 from rollout.env import Env, Task
 from rollout.errors import BootError, CheckpointError, ForkError, GuestError, RolloutError
 from rollout.sandbox.base import Checkpoint, Engine, Sandbox
+from rollout.sandbox.economics import Economics, WayCost
 from rollout.sandbox.holdings import Holdings
-from rollout.sandbox.lineage import OpeningOrigin, Origin
+from rollout.sandbox.lineage import OpeningOrigin, Origin, witness_of
 from rollout.sandbox.slots import Slots
 from rollout.types import Failure, PlayoutResult, Randomness, Step, derive_seed
 
@@ -52,6 +53,8 @@ class BrancherStats:
     live_sandboxes: int
     checkpoints: int
     checkpoint_bytes: int
+    is_replayable: bool
+    ways: Mapping[str, WayCost]
 
 
 class LocalBrancher:
@@ -88,6 +91,7 @@ class LocalBrancher:
         self._prepared: Checkpoint | None = None
         self._preparing = asyncio.Lock()
         self._branches = self._failed = 0
+        self.economics = Economics()
 
     @property
     def stats(self) -> BrancherStats:
@@ -100,6 +104,8 @@ class LocalBrancher:
             live_sandboxes=self._engine.num_sandboxes,
             checkpoints=len(self._holdings),
             checkpoint_bytes=self._holdings.held_bytes,
+            is_replayable=self._holdings.is_replayable,
+            ways=self.economics.ways,
         )
 
     async def prepare(self) -> Checkpoint:
@@ -127,13 +133,14 @@ class LocalBrancher:
         Raises:
             RolloutError: Of the boundary that failed.
         """
-        origin = OpeningOrigin(task, seed)
         await self._slots.take(1)
         try:
-            step, checkpoint = await self._begin(origin)
+            start_s = self._clock()
+            step, checkpoint = await self._begin(OpeningOrigin(task, seed))
+            self.economics.add("open", self._clock() - start_s)
         finally:
             self._slots.give_back(1)
-        await self._holdings.keep_opening(checkpoint, origin)
+        await self._holdings.keep_opening(checkpoint, OpeningOrigin(task, seed, witness_of([step])))
         return Opening(step, checkpoint)
 
     async def run(self, jobs: Sequence[BranchJob]) -> list[BranchResult]:
@@ -201,8 +208,12 @@ class LocalBrancher:
     async def _clone(self, checkpoint: Checkpoint, randomness: Sequence[Randomness]) -> Sequence[Sandbox]:
         held = await self._holdings.pin(checkpoint)
         try:
+            start_s = self._clock()
             fork = self._engine.fork(held, len(randomness), randomness=randomness)
-            return await self._within(self._limits.fork_timeout_s, ForkError, "a fork", fork)
+            clones = await self._within(self._limits.fork_timeout_s, ForkError, "a fork", fork)
+            num_steps = self._holdings.num_steps(checkpoint)
+            self.economics.cloned(self._clock() - start_s, len(clones), num_steps)
+            return clones
         finally:
             await self._holdings.unpin(held)
 
@@ -229,7 +240,7 @@ class LocalBrancher:
         if job.keep_checkpoint:
             checkpoint = await self._save(sandbox)
             made.append(checkpoint)
-            await self._holdings.keep_branch(checkpoint, job, steps[-1].state_hash if steps else None)
+            await self._holdings.keep_branch(checkpoint, job, steps)
         if job.playout is None:
             return steps, checkpoint, None
         try:
@@ -249,7 +260,9 @@ class LocalBrancher:
         last = len(job.actions) - 1
         for index, action in enumerate(job.actions):
             want_hash = job.state_hash and index == last
+            start_s = self._clock()
             step = await self._call("a step", self._env.step(sandbox, action, state_hash=want_hash))
+            self.economics.add("step", self._clock() - start_s)
             steps.append(step)
             if step.terminated or step.truncated:
                 return tuple(steps), True
@@ -270,20 +283,33 @@ class LocalBrancher:
 
     async def _replay(self, origin: Origin, parent: Checkpoint | None) -> Checkpoint:
         """Makes an evicted checkpoint again; takes no slots, because who asks has them and no clone yet."""
+        start_s = self._clock()
         if isinstance(origin, OpeningOrigin):
-            _, checkpoint = await self._begin(origin)
+            step, checkpoint = await self._begin(origin)
+            if witness_of([step]) != origin.witness:
+                await self._engine.discard(checkpoint)
+                raise self._not_replayable()
+            self.economics.replayed(self._clock() - start_s, 0, from_reset=True)
             return checkpoint
         assert parent is not None
         sandbox = await self._clone_one(parent, origin.job.randomness)
         try:
             steps, _ = await self._apply(origin.job, sandbox)
-            if (steps[-1].state_hash if steps else None) != origin.state_hash:
-                raise CheckpointError(
-                    "an evicted state, played again, came out different: its environment does not repeat"
-                )
-            return await self._save(sandbox)
+            state_hash = steps[-1].state_hash if steps else None
+            if state_hash != origin.state_hash or witness_of(steps) != origin.witness:
+                raise self._not_replayable()
+            checkpoint = await self._save(sandbox)
         finally:
             await sandbox.kill()
+        self.economics.replayed(self._clock() - start_s, origin.num_steps, from_reset=False)
+        return checkpoint
+
+    def _not_replayable(self) -> CheckpointError:
+        self._holdings.is_replayable = False
+        return CheckpointError(
+            "an evicted state, played again, came out different: this environment does not repeat, and "
+            "nothing of it is evicted from now on; raise engine.checkpoint_budget_bytes"
+        )
 
     # Phases, each with its deadline
 

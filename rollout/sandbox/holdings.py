@@ -5,7 +5,8 @@ discard, and whoever can play branches is asked to play one again.
 
 Invariants: what is pinned is held by the engine; what cannot be made again (some `unique` randomness on the
 way) is never evicted, and if the budget has no room for it a `CapacityError` says so; a state that comes out
-different when it is played again is refused, where its hash is known.
+different when it is played again is refused, and marks the environment as not replayable: from then on
+nothing of it is evicted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rollout.errors import CapacityError, CheckpointError
 from rollout.sandbox.base import Checkpoint, Engine
 from rollout.sandbox.lineage import Lineage, OpeningOrigin, Origin
 from rollout.sandbox.store import CheckpointStore
+from rollout.types import Step
 
 __all__ = ["Holdings", "Replay"]
 
@@ -40,6 +42,7 @@ class Holdings:
         self._store = CheckpointStore(budget_bytes)
         self._lineage = Lineage()
         self._remaking = asyncio.Lock()
+        self.is_replayable = True
         self.num_evicted = 0
         self.num_remade = 0
 
@@ -56,13 +59,18 @@ class Holdings:
         self._lineage.record(checkpoint, origin)
         await self._keep(checkpoint, origin)
 
-    async def keep_branch(self, checkpoint: Checkpoint, job: BranchJob, state_hash: str | None) -> None:
+    def num_steps(self, checkpoint: Checkpoint) -> int:
+        """Actions between the reset and a checkpoint; 0 when it is unknown."""
+        origin = self._lineage.origin(checkpoint.id)
+        return 0 if origin is None else origin.num_steps
+
+    async def keep_branch(self, checkpoint: Checkpoint, job: BranchJob, steps: Sequence[Step]) -> None:
         """Takes in what a job led to.
 
         Raises:
             CapacityError: There is no room, and it could not be made again. It is discarded.
         """
-        origin = self._lineage.derive(job, state_hash)
+        origin = self._lineage.derive(job, steps)
         await self._keep(checkpoint, origin)
         if origin is not None:
             self._lineage.record(checkpoint, origin)
@@ -78,6 +86,11 @@ class Holdings:
         if held.id in self._store:
             return self._store.pin(held.id)
         origin = self._lineage.origin(checkpoint.id)
+        if origin is not None and not self.is_replayable:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.id} was evicted, and this environment does not repeat: raise "
+                "engine.checkpoint_budget_bytes"
+            )
         if origin is None:
             raise CheckpointError(f"checkpoint {checkpoint.id} is unknown here: released, or of another host")
         async with self._remaking:
@@ -102,7 +115,7 @@ class Holdings:
                 await self._engine.discard(held)
 
     async def _keep(self, checkpoint: Checkpoint, origin: Origin | None, *, pin: bool = False) -> None:
-        evictable = origin is not None and origin.repeatable
+        evictable = self.is_replayable and origin is not None and origin.repeatable
         try:
             gone = self._store.put(checkpoint, evictable=evictable, pin=pin)
         except CapacityError:

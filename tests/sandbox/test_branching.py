@@ -12,7 +12,7 @@ from envs.gym import GymEnv
 from rollout.branch import BranchJob, BranchResult, Opening
 from rollout.config import EngineConfig
 from rollout.env import Task
-from rollout.errors import CheckpointError, EnvError, ForkError, GuestError, RolloutError
+from rollout.errors import CapacityError, CheckpointError, EnvError, ForkError, GuestError, RolloutError
 from rollout.sandbox.base import Checkpoint, Sandbox
 from rollout.sandbox.branching import LocalBrancher
 from rollout.sandbox.inline import InlineEngine
@@ -231,6 +231,13 @@ async def test_what_the_budget_evicts_is_made_again(
     assert tight.stats.evicted_checkpoints > 8
     assert tight.stats.remade_checkpoints > 8
     assert tight.stats.checkpoint_bytes <= 1
+    assert roomy.stats.ways.keys() == {"clone"}
+    assert roomy.stats.ways["clone"].count == 12
+    assert tight.stats.ways.keys() == {"clone", "replay", "reset"}
+    assert tight.stats.ways["clone"].count == 12
+    replayed = tight.stats.ways["replay"].count + tight.stats.ways["reset"].count
+    assert replayed == sum(1 + depth for depth in [*range(8), 0, 2, 4, 6])
+    assert tight.stats.is_replayable
     assert inline.num_sandboxes == 0
 
 
@@ -271,6 +278,34 @@ async def test_a_state_that_comes_out_different_is_not_passed_off_as_the_same(in
     [second] = await carrier.run([BranchJob(first.checkpoint, (0,), Randomness.seeded(2))])
     assert second.failure is not None
     assert "does not repeat" in second.failure.cause
+    assert not carrier.stats.is_replayable
+    evicted = carrier.stats.evicted_checkpoints
+    [third] = await carrier.run([BranchJob(first.checkpoint, (0,), Randomness.seeded(2))])
+    assert third.failure is not None, "it is not tried again"
+    assert "checkpoint_budget_bytes" in third.failure.cause
+    with pytest.raises(CapacityError):  # nothing is evicted any more, and there is no room for it
+        await carrier.open(TASK, 1)
+    assert carrier.stats.evicted_checkpoints == evicted
+
+
+async def test_an_environment_without_digests_is_told_by_what_it_shows(inline: InlineEngine) -> None:
+    class Drifting(GymEnv):
+        drawn = 0
+
+        async def step(self, sandbox: Sandbox, action: Value, *, state_hash: bool = False) -> Step:
+            type(self).drawn += 1
+            step = await super().step(sandbox, action, state_hash=state_hash)
+            return replace(step, observation=self.drawn)
+
+    limits = EngineConfig.model_construct(**EngineConfig().model_dump() | {"checkpoint_budget_bytes": 1})
+    carrier, _ = brancher(inline, played=Drifting(env_id="FrozenLake-v1"), limits=limits)
+    opening = await carrier.open(TASK, 0)
+    [first] = await carrier.run([BranchJob(opening.checkpoint, (0,), Randomness.seeded(1))])
+    assert first.checkpoint is not None
+    [second] = await carrier.run([BranchJob(first.checkpoint, (0,), Randomness.seeded(2))])
+    assert second.failure is not None
+    assert "does not repeat" in second.failure.cause
+    assert inline.num_sandboxes == 0
 
 
 async def test_preparing_fails_as_what_failed(inline: InlineEngine) -> None:

@@ -1,0 +1,61 @@
+"""The part of a page that says what it cost to reach nodes, by the way that was taken, and what it saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+from rollout.report.sections import card, table
+from rollout.report.summary import RunSummary
+from rollout.report.text import duration_text
+
+__all__ = ["economics_card"]
+
+_WAYS = {
+    "clone": "clone of a checkpoint",
+    "replay": "evicted: played again from an ancestor",
+    "reset": "evicted: played again from the reset",
+}
+_CAPTION = (
+    "How states were reached. Saved is the time of the alternative, a reset and all steps from there by "
+    "their median times, less the time that was taken; what is negative would have been cheaper so."
+)
+
+
+def economics_card(summary: RunSummary) -> str:
+    """A table with a row for each way; empty where the run recorded none."""
+    recorded = summary.files.description.get("summary")
+    ways = cast("Mapping[str, Any]", recorded).get("economics") if isinstance(recorded, Mapping) else None
+    if not isinstance(ways, Mapping):
+        return ""
+    rows = [
+        row
+        for kind, name in _WAYS.items()
+        if (row := _row(name, cast("Mapping[str, Any]", ways).get(kind))) is not None
+    ]
+    if not rows:
+        return ""
+    header = ("way", "states", "time", "each", "saved")
+    return card("half", "What nodes cost", _CAPTION, table(header, rows, {1, 2, 3, 4}))
+
+
+def _row(name: str, way: object) -> tuple[str, ...] | None:
+    """The cells of a way; None where the record lacks it or is damaged."""
+    if not isinstance(way, Mapping):
+        return None
+    found = cast("Mapping[str, Any]", way)
+    numbers = [found.get(key) for key in ("count", "seconds", "saved_s")]
+    if not all(type(n) in (int, float) and math.isfinite(cast("float", n)) for n in numbers):
+        return None
+    count, seconds, saved_s = cast("list[float]", numbers)
+    if count < 1:
+        return None
+    sign = "-" if saved_s < 0 else ""
+    return (
+        name,
+        f"{int(count):,}",
+        duration_text(seconds),
+        duration_text(seconds / count),
+        sign + duration_text(abs(saved_s)),
+    )

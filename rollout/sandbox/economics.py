@@ -1,0 +1,141 @@
+"""What it costs to reach a child of a node, by the way it was reached, and what that saved.
+
+| way | what is done |
+|---|---|
+| `clone` | the node's checkpoint is held: fork it |
+| `replay` | it was evicted: play its branch again from the nearest ancestor that is held, save, fork |
+| `reset` | no ancestor is held: begin the episode again, and replay all of it |
+
+What the first child of a node costs beyond the others is the engine's business: a checkpoint of the process
+engine is the stopped sandbox itself, and a microVM that is as its checkpoint left it is handed to the next
+clone as it is.
+
+Costs are running medians over the last `WINDOW` of each kind. What a clone saved is the median time of the
+other way: until something was evicted, that of a reset and of as many steps as lie between.
+
+Pure bookkeeping; whoever does the work brings the seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+__all__ = ["WINDOW", "Economics", "RunningMedian", "WayCost", "add_ways", "ways_record"]
+
+WINDOW = 63
+_FRESH = 16
+"""A median is computed again after so many new numbers: a branch may take less time than sorting them."""
+
+
+class RunningMedian:
+    """The median of the last `WINDOW` numbers, up to `_FRESH` of them late once there are many."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=WINDOW)
+        self._value = 0.0
+        self._num_since = 0
+
+    def add(self, value: float) -> None:
+        """Takes in a number."""
+        self._last.append(value)
+        self._num_since += 1
+        if self._num_since >= _FRESH or len(self._last) <= _FRESH:
+            self._value = median(self._last)
+            self._num_since = 0
+
+    @property
+    def value(self) -> float:
+        """The median; 0 before the first number."""
+        return self._value
+
+
+@dataclass(frozen=True, slots=True)
+class WayCost:
+    """One way, so far.
+
+    Attributes:
+        count: States that were reached so.
+        seconds: What that took.
+        saved_s: Seconds that the alternative would have taken beyond that, by its own median; below 0 where
+            it would have been cheaper.
+    """
+
+    count: int = 0
+    seconds: float = 0.0
+    saved_s: float = 0.0
+
+
+def add_ways(first: Mapping[str, WayCost], second: Mapping[str, WayCost]) -> dict[str, WayCost]:
+    """The sums of two accounts."""
+    total = dict(first)
+    for kind, way in second.items():
+        so_far = total.get(kind, WayCost())
+        total[kind] = WayCost(
+            so_far.count + way.count, so_far.seconds + way.seconds, so_far.saved_s + way.saved_s
+        )
+    return total
+
+
+def ways_record(
+    ways: Mapping[str, WayCost], earlier: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """An account as JSON, with that of earlier sessions added."""
+    before = {
+        kind: WayCost(int(way["count"]), way["seconds"], way["saved_s"]) for kind, way in earlier.items()
+    }
+    return {
+        kind: {"count": way.count, "seconds": round(way.seconds, 6), "saved_s": round(way.saved_s, 6)}
+        for kind, way in sorted(add_ways(before, ways).items())
+    }
+
+
+class Economics:
+    """Counts and costs of one engine."""
+
+    def __init__(self) -> None:
+        self._medians: dict[str, RunningMedian] = {}
+        self._counts: dict[str, int] = {}
+        self._seconds: dict[str, float] = {}
+        self._saved_s: dict[str, float] = {}
+
+    def add(self, kind: str, duration_s: float, count: int = 1) -> None:
+        """Takes in that `count` things of a kind took so long together."""
+        self._medians.setdefault(kind, RunningMedian()).add(duration_s / count)
+        self._counts[kind] = self._counts.get(kind, 0) + count
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + duration_s
+
+    def cost_s(self, kind: str) -> float:
+        """The running median of a kind; 0 before the first."""
+        running = self._medians.get(kind)
+        return 0.0 if running is None else running.value
+
+    def cloned(self, duration_s: float, count: int, num_steps: int) -> None:
+        """Takes in a fork of `count` children of a state that lies `num_steps` after its episode's reset.
+
+        Without the checkpoint each would have taken a reset and these steps.
+        """
+        self.add("clone", duration_s, count)
+        other_s = self.cost_s("open") + num_steps * self.cost_s("step")
+        self._save("clone", count * other_s - duration_s)
+
+    def replayed(self, duration_s: float, num_steps: int, *, from_reset: bool) -> None:
+        """Takes in that a state was made again by playing `num_steps`, perhaps from the reset on."""
+        kind = "reset" if from_reset else "replay"
+        self.add(kind, duration_s)
+        if not from_reset:
+            self._save(kind, self.cost_s("open") + num_steps * self.cost_s("step") - duration_s)
+
+    @property
+    def ways(self) -> Mapping[str, WayCost]:
+        """What each way cost and saved so far; only those that were taken."""
+        return {
+            kind: WayCost(self._counts[kind], self._seconds[kind], self._saved_s.get(kind, 0.0))
+            for kind in ("clone", "replay", "reset")
+            if kind in self._counts
+        }
+
+    def _save(self, kind: str, seconds: float) -> None:
+        self._saved_s[kind] = self._saved_s.get(kind, 0.0) + seconds
