@@ -46,13 +46,16 @@ class Rewinder:
 
     Args:
         forgets_code: The VMM translates code, and must be told of changes.
+
+    Attributes:
+        forgets_code: See above.
     """
 
     def __init__(self, *, forgets_code: bool) -> None:
         self._disk_fd = os.memfd_create("vmm-state-disk", os.MFD_CLOEXEC)
         os.ftruncate(self._disk_fd, len(_EMPTY_DISK))
         os.pwrite(self._disk_fd, _EMPTY_DISK[:STATE_OFFSET], 0)
-        self._forgets_code = forgets_code
+        self.forgets_code = forgets_code
         self._memset, self._their_memset = socket.socketpair()
 
     @property
@@ -80,7 +83,7 @@ class Rewinder:
             CheckpointError: The VMM is gone.
         """
         stream = device_state
-        if self._forgets_code:
+        if self.forgets_code:
             self._forget_code(page_numbers, timeout_s)
             stream = without_code_flush(device_state) or device_state
         memory.write(page_numbers, pages)

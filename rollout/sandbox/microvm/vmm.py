@@ -265,9 +265,7 @@ class Vmm:
         try:
             for patience in range(_INTERRUPTS, -1, -1):
                 state = self._stop_and_read(timeout_s)
-                # A vCPU that is about to take an interrupt may first take it: a state without a pending one
-                # is put back many times faster (see `device_state`).
-                if patience == 0 or without_code_flush(state.device_state) is not None:
+                if patience == 0 or not self._has_pending_interrupt(state.device_state):
                     break
                 self._qmp.execute("cont", timeout_s=timeout_s)
                 time.sleep(_INTERRUPT_S)
@@ -324,6 +322,14 @@ class Vmm:
             self._qmp.execute(name, timeout_s=timeout_s)
         except QmpError as error:
             raise CheckpointError(f"{error}{self._words()}") from error
+
+    def _has_pending_interrupt(self, device_state: bytes) -> bool:
+        """Whether the vCPU should first take an interrupt: without one, a state is put back much faster.
+
+        See `device_state`.
+        """
+        translates = self._rewinder is not None and self._rewinder.forgets_code
+        return translates and without_code_flush(device_state) is None
 
     def _stop_and_read(self, timeout_s: float) -> RawState:
         """Stops the machine and reads it.
