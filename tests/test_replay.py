@@ -113,6 +113,32 @@ def test_trees_and_nodes_come_out_again_on_any_engine(
     assert found["notes"] == ["the engine was inline, and is process now"]
 
 
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"ensemble": 2},
+        {"algorithm": "gumbel"},
+        {"algorithm": "puct", "deterministic": False},
+        {"outcomes": "widening", "backup": "expectation"},
+        {"outcomes": "widening", "randomness": "inherit"},
+        {"transpositions": True},
+        {"algorithm": "best_of_n"},
+        {"algorithm": "beam"},
+        {"algorithm": "ab_mcts"},
+        {"algorithm": "breadth_first"},
+    ],
+    ids=str,
+)
+def test_the_trees_of_every_search_come_out_again(
+    search: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run", config(simulations=24, **search))
+    nodes = scan(tmp_path / "run", "nodes", ["t"]).to_table()["t"].to_pylist()
+    for move in (0, 1):
+        out = replay(capsys, tmp_path / "run", 1, "--move", move)
+        assert f"{move} moves and {nodes.count(move) - 1} branches of a search, all equal" in out
+
+
 def altered_step(t: int, **fields: Any) -> Change:
     def change(trajectory: Trajectory) -> Trajectory:
         steps = list(trajectory.steps)
