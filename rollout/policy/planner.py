@@ -223,7 +223,7 @@ class SearchPlanner:
                 for commit in search.tell(trial.trial_id, outcome)
             ]
             self._timings.add("search", self._clock() - start_s)
-            useless = book.commit(commits)
+            useless = [*book.commit(commits), *book.spend(search, trials)]
             if useless:
                 await self._brancher.release(useless)
 

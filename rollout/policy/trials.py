@@ -41,7 +41,9 @@ class TrialBook:
     Attributes:
         position: The root.
         root_actions: The legal actions there.
-        sources: By trial id: what later trials may begin from. Its checkpoints are the ones that are held.
+        sources: By trial id: what later trials may begin from. Its checkpoints are the ones held, but
+            for those of the trials in `spent`.
+        spent: Trials whose checkpoints were given back, because no later trial will begin there.
         results: By trial id: the trial and the result of its branch.
         node_trials: By node id: the trial that made the node.
         trial_nodes: By trial id: the node that it made.
@@ -55,6 +57,8 @@ class TrialBook:
     )
     node_trials: dict[int, int] = field(default_factory=dict[int, int])
     trial_nodes: dict[int, int] = field(default_factory=lambda: {ROOT_TRIAL: 0})
+
+    spent: set[int] = field(default_factory=set[int])
 
     def __post_init__(self) -> None:
         self.sources = {ROOT_TRIAL: Source(self.position.checkpoint, self.root_actions)}
@@ -80,7 +84,10 @@ class TrialBook:
         """
         kept = {trial: node for node, trial in enumerate(search.tree.trial) if node}
         gone = [trial for trial in self.sources if trial != ROOT_TRIAL and trial not in kept]
-        useless = [self.sources.pop(trial).checkpoint for trial in gone]
+        useless = [self.sources[trial].checkpoint for trial in gone if trial not in self.spent]
+        for trial in gone:
+            del self.sources[trial]
+        self.spent.intersection_update(kept)
         self.position, self.root_actions = position, actions
         self.sources[ROOT_TRIAL] = Source(position.checkpoint, actions)
         self.results = {trial: self.results[trial] for trial in kept}
@@ -88,9 +95,19 @@ class TrialBook:
         self.trial_nodes = {ROOT_TRIAL: 0, **kept}
         return useless
 
+    def spend(self, search: Search, trials: Sequence[Trial]) -> list[Checkpoint]:
+        """Notes which states the trials were the last branches of; returns their checkpoints."""
+        useless: list[Checkpoint] = []
+        for trial_id in sorted({trial.source for trial in trials} - self.spent - {ROOT_TRIAL}):
+            if search.is_spent(self.trial_nodes[trial_id]):
+                self.spent.add(trial_id)
+                useless.append(self.sources[trial_id].checkpoint)
+        return useless
+
     def held(self) -> list[Checkpoint]:
         """The checkpoints that the search has made and not released."""
-        return [source.checkpoint for trial_id, source in self.sources.items() if trial_id != ROOT_TRIAL]
+        gone = self.spent | {ROOT_TRIAL}
+        return [source.checkpoint for trial_id, source in self.sources.items() if trial_id not in gone]
 
     def rows(self, search: Search, t: int, policy: RngPolicy) -> list[NodeRow]:
         """Every node by ascending id, then every failed branch, with ids after the last node's."""

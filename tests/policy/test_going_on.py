@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from envs.gym import GymEnv
+from rollout.branch import BranchJob, BranchResult
 from rollout.config import RunConfig
 from rollout.errors import EnvError
 from rollout.runner import Runner, episode_specs
@@ -224,3 +225,46 @@ async def test_n_step_returns_are_bootstrapped_from_the_search(inline: InlineEng
         expected = sum(0.9**k * r for k, r in enumerate(rewards)) + 0.9 ** len(rewards) * value
         assert step.n_step_return == pytest.approx(expected)
     assert any(step.n_step_return for step in steps)
+
+
+@pytest.mark.parametrize("is_single", [True, False])
+async def test_states_without_further_branches_give_their_checkpoints_back(
+    inline: InlineEngine, is_single: bool
+) -> None:
+    """With single outcomes; where an action may be drawn again, every state may be branched from."""
+    most = 0
+
+    class Counting(LocalBrancher):
+        async def run(self, jobs: Sequence[BranchJob]) -> list[BranchResult]:
+            nonlocal most
+            results = await super().run(jobs)
+            most = max(most, self.stats.checkpoints)
+            return results
+
+    run = RunConfig.model_validate(
+        {
+            "max_steps": 1,
+            "env": {"args": {"env_id": "FrozenLake-v1", "kwargs": {"is_slippery": False}}},
+            "engine": {"kind": "inline"},
+            "search": {
+                "algorithm": "breadth_first",
+                "simulations": 200,
+                "wave": 4,
+                "evaluator": "zero",
+                "outcomes": "single" if is_single else "widening",
+            },
+        }
+    )
+    env = GymEnv(**run.env.args)
+    brancher = Counting(inline, env)
+    specs = episode_specs(run, "test", env.tasks())
+    trajectory = await Runner(env, brancher, run, engine="inline").play(specs[0])
+    assert trajectory.episode.failure is None
+    assert brancher.stats.checkpoints == 0
+    kept = sum(node.checkpoint_id is not None for node in trajectory.nodes)
+    inner = sum(min(node.action_visits or (0,), default=0) > 0 for node in trajectory.nodes if node.node_id)
+    assert inner > 10
+    if is_single:
+        assert most <= kept - inner + 8, "a wave late at most"
+    else:
+        assert most >= kept - 8

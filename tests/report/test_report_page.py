@@ -184,3 +184,40 @@ def test_a_full_disk_leaves_the_earlier_page(folder: Path) -> None:
     assert "cannot write the report" in done.stdout
     assert (folder / "report.html").read_bytes() == earlier
     assert sorted(path.name for path in folder.iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    ("economics", "shown"),
+    [
+        (
+            {
+                "clone": {"count": 1200, "seconds": 6.0, "saved_s": 60.0},
+                "replay": {"count": 3, "seconds": 0.3, "saved_s": -0.012},
+            },
+            [
+                "clone of a checkpoint",
+                "1,200",
+                "5 ms",
+                "1 min 00 s",
+                "evicted: played again from an ancestor",
+                "-12 ms",
+            ],
+        ),
+        ({"clone": {"count": "many", "seconds": None}, "reset": 3, "replay": {}}, []),
+        ("dear", []),
+        ({}, []),
+    ],
+)
+def test_what_nodes_cost_is_shown_where_it_is_known(
+    folder: Path, economics: object, shown: list[str]
+) -> None:
+    path = folder / "run.json"
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps({**json.loads(before), "summary": {"economics": economics}}))
+        page = write_report(folder).read_text()
+    finally:
+        path.write_text(before)
+    assert ("What nodes cost" in page) == bool(shown)
+    for text in shown:
+        assert f">{text}" in page
