@@ -15,10 +15,24 @@ At reset it copies itself to RAM: firmware is not loaded into a clone.
 
 from __future__ import annotations
 
+import os
 import socket
-from typing import Final
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
 
-__all__ = ["COUNTER_PAGE", "FIRST_WRITTEN_PAGE", "MEMORY_MIB", "ask", "tiny_firmware"]
+from rollout.sandbox.microvm.base import new_memory_file
+from rollout.sandbox.microvm.machine import MachineShape
+from rollout.sandbox.microvm.memory import has_pagemap_scan, map_pages
+from rollout.sandbox.microvm.pool import Ready, become
+from rollout.sandbox.microvm.probe import filters_itself, qemu_binary
+from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
+from rollout.sandbox.microvm.spawner import Spawner
+from rollout.sandbox.microvm.vmm import BootFiles, Vmm
+
+__all__ = ["COUNTER_PAGE", "FIRST_WRITTEN_PAGE", "MEMORY_MIB", "TinyGuests", "ask", "tiny_firmware"]
 
 MEMORY_MIB: Final = 64
 COUNTER_PAGE: Final = 0x10000 // 4096
@@ -29,6 +43,90 @@ _RUNS_AT: Final = 0x7C00
 
 # Offsets of the routines in the code; `_code` checks them.
 _GETC, _PUTC, _MAIN = 0x40, 0x50, 0x80
+
+
+_TIMEOUT_S: Final = 20.0
+_SETTLE_S: Final = 0.2
+_CPU: Final = "qemu64"
+"""Nested hypervisors that boot no Linux often refuse registers of the newer models, too."""
+
+
+class TinyGuests:
+    """The tiny guest as a base, and what is made of it; blocking, for one thread. A context manager.
+
+    Args:
+        accel: "kvm" or "tcg".
+
+    Attributes:
+        base: The guest before its first command.
+        cache: Pages at hand.
+
+    Raises:
+        BootError: QEMU or bubblewrap is missing, or the accelerator does not run the guest.
+    """
+
+    def __init__(self, accel: str) -> None:
+        self.cache = RawCache(64 << 20)
+        self._folder = tempfile.TemporaryDirectory(prefix="rollout-tiny-")
+        self._shape = MachineShape(accel, MEMORY_MIB, _CPU)
+        self._ram_fd = new_memory_file(self._shape.memory_bytes)
+        folder, binary = Path(self._folder.name), qemu_binary(accel)
+        folder.chmod(0o755)
+        (folder / "tiny").write_bytes(tiny_firmware())
+        devices = [Path("/dev/kvm")] if accel == "kvm" else []
+        self._spawner = Spawner({"/firmware": folder}, devices, programs=[binary])
+        self._files = BootFiles(
+            binary, firmware=Path("/firmware/tiny"), filters_itself=filters_itself(binary)
+        )
+        try:
+            self.base = Snapshot.at_base(self._boot())
+        except BaseException:
+            self.close()
+            raise
+        self.pages = map_pages(self._ram_fd, self._shape.memory_bytes)
+
+    def start(self) -> Vmm:
+        """A dormant VMM."""
+        return self._start(make_base=False)
+
+    def become(self, vmm: Vmm, snapshot: Snapshot, *, content: Snapshot | None = None) -> None:
+        """Makes a dormant or stopped VMM into a snapshot, and lets it run."""
+        become(Ready(vmm, content), snapshot, self.cache, self.pages, _TIMEOUT_S)
+
+    def save(self, vmm: Vmm, origin: Snapshot | None = None) -> Snapshot:
+        """Stops a VMM and saves it."""
+        return Snapshot.of(vmm.save(_TIMEOUT_S, resume=False), origin, self.cache, self.pages)
+
+    def close(self) -> None:
+        """Ends all VMMs."""
+        self._spawner.close()
+        os.close(self._ram_fd)
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _boot(self) -> bytes:
+        vmm = self._start(make_base=True)
+        try:
+            time.sleep(_SETTLE_S)  # what comes before the guest listens may be lost
+            ask(vmm.channel, b"?")
+            return vmm.save_base(_TIMEOUT_S)
+        finally:
+            vmm.kill()
+
+    def _start(self, *, make_base: bool) -> Vmm:
+        return Vmm.start(
+            *(self._spawner, self._shape, self._files, self._ram_fd),
+            make_base=make_base,
+            use_scan=has_pagemap_scan(),
+            timeout_s=_TIMEOUT_S,
+        )
 
 
 def tiny_firmware() -> bytes:

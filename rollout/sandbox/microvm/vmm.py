@@ -247,8 +247,9 @@ class Vmm:
         unread = fcntl.ioctl(self.channel.fileno(), termios.TIOCOUTQ, bytes(4))
         if any(unread) or self._num_rewinds >= _MAX_REWINDS:
             return False
+        self.channel.setblocking(False)
         with contextlib.suppress(BlockingIOError):
-            while self.channel.recv(1 << 16, socket.MSG_DONTWAIT):
+            while self.channel.recv(1 << 16):
                 pass
         return True
 
