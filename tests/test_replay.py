@@ -126,6 +126,8 @@ def test_trees_and_nodes_come_out_again_on_any_engine(
         {"algorithm": "beam"},
         {"algorithm": "ab_mcts"},
         {"algorithm": "breadth_first"},
+        {"tree_reuse": True},
+        {"tree_reuse": True, "randomness": "inherit"},
     ],
     ids=str,
 )
