@@ -54,9 +54,26 @@ def sandbox(
 
 
 @app.command()
-def search(json_file: JsonFile = None, markdown: MarkdownFile = None) -> None:
+def search(
+    episodes: Annotated[
+        int, typer.Option(min=1, help="Episodes of FrozenLake at each budget; 100 take half an hour.")
+    ] = 20,
+    games: Annotated[int, typer.Option(min=1, help="Games of tic-tac-toe.")] = 200,
+    budget: Annotated[
+        list[int] | None, typer.Option(min=1, help="Simulations a move; 200, 1000 and 5000 by default.")
+    ] = None,
+    exact_up_to: Annotated[
+        int, typer.Option(min=0, help="Largest budget whose whole policy is valued, too.")
+    ] = 200,
+    json_file: JsonFile = None,
+    markdown: MarkdownFile = None,
+) -> None:
     """Simulations a second, cost and memory of nodes, quality of play."""
-    _run("search", _rows_of("bench_search"), json_file, markdown)
+    from rollout.commands.bench_search import rows
+
+    budgets = tuple(budget or (200, 1000, 5000))
+    measured = rows(episodes=episodes, games=games, budgets=budgets, exact_up_to=exact_up_to)
+    _run("search", measured, json_file, markdown)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 - "core": the pure search with a table model inline, one thread, in CPU time, so that other load on the
   machine counts less. Rivals play what they can play (see `bench_search_rivals`).
+- "run": whole searches on real sandboxes (see `bench_search_runs`).
 - "quality": known games (see `bench_search_quality`).
 - "parallel": virtual time, in which a trial takes its evaluator one unit on average. No machine is measured.
 """
@@ -27,6 +28,7 @@ from rollout.commands.bench_search_quality import (
     tic_tac_toe_row,
 )
 from rollout.commands.bench_search_rivals import INSTALL, RIVALS
+from rollout.commands.bench_search_runs import run_rows
 from rollout.search.base import NodeInfo, Outcome, Search
 from rollout.search.factory import make_search
 
@@ -34,7 +36,11 @@ __all__ = ["rows"]
 
 
 def rows(
-    *, episodes: int = 100, games: int = 200, budgets: tuple[int, ...] = (200, 1000, 5000)
+    *,
+    episodes: int = 20,
+    games: int = 200,
+    budgets: tuple[int, ...] = (200, 1000, 5000),
+    exact_up_to: int = 200,
 ) -> Iterator[BenchRow]:
     """Measures everything, cheap figures first; the quality at 5,000 simulations takes minutes.
 
@@ -42,12 +48,14 @@ def rows(
         episodes: Played episodes of FrozenLake for each budget.
         games: Games of tic-tac-toe.
         budgets: Simulations a move.
+        exact_up_to: Largest budget whose policy is valued exactly, by a search in each of 1,600 states.
     """
     yield from _core()
+    yield from run_rows()
     yield from _parallel()
     yield cliff_row()
     yield tic_tac_toe_row(games)
-    yield from lake_rows(episodes, budgets)
+    yield from lake_rows(episodes, budgets, exact_up_to)
 
 
 def _core() -> Iterator[BenchRow]:
