@@ -181,6 +181,50 @@ class Replayer:
         num_branches, difference = await self._branches(rows, root, t)
         return Replay(num_moves, num_branches, num_left_out, difference)
 
+    async def reach(
+        self, recorded: RecordedEpisode, tree: Sequence[Row], t: int, node_id: int
+    ) -> tuple[list[Checkpoint], Difference | None]:
+        """Makes the state of a node again, and keeps it.
+
+        Args:
+            recorded: The episode.
+            tree: All nodes of the tree of move `t`; only the root's, `node_id` 0, needs none.
+            t: The move.
+            node_id: The node.
+
+        Returns:
+            The states from the root of the tree to the node, for the caller to release, or none of them and
+            the first difference from what is recorded.
+
+        Raises:
+            ConfigError: The environment has no such task, the tree no such node, or no state is left there.
+            RolloutError: The episode cannot be begun.
+        """
+        by_id = {row["node_id"]: row for row in tree}
+        if node_id:
+            _below(by_id, node_id)  # refused before anything is played
+        _, difference, root = await self._moves(recorded, t)
+        if difference is not None:
+            await self._release(root)
+            return [], difference
+        if root is None:
+            raise ConfigError(f"the episode ended before move {t}: no state is left of it")
+        held = [root]
+        try:
+            for row in _path(by_id, node_id) if node_id else ():
+                [result] = await self._brancher.run([self._job(held[-1], row, True)])
+                if result.checkpoint is not None:
+                    held.append(result.checkpoint)
+                if (difference := self._compare_node(t, row, result)) is not None:
+                    await self._brancher.release(held)
+                    return [], difference
+                if result.checkpoint is None:
+                    raise ConfigError(f"node {row['node_id']} ended the episode: no state is left of it")
+        except BaseException:
+            await self._brancher.release(held)
+            raise
+        return held, None
+
     async def _moves(
         self, recorded: RecordedEpisode, num_moves: int
     ) -> tuple[int, Difference | None, Checkpoint | None]:

@@ -12,11 +12,11 @@ from rollout.env import Env
 from rollout.errors import BootError
 from rollout.fleet.host import scratch_parent
 from rollout.fleet.reaper import OWNER_MARK, Reaper, owned_folder, sweep
-from rollout.sandbox.base import Checkpoint
+from rollout.sandbox.base import Checkpoint, Engine
 from rollout.sandbox.branching import LocalBrancher
 from rollout.sandbox.engines import make_engine
 
-__all__ = ["prepared_brancher"]
+__all__ = ["local_engine", "prepared_brancher"]
 
 
 @contextlib.asynccontextmanager
@@ -30,6 +30,24 @@ async def prepared_brancher(config: RunConfig, env: Env) -> AsyncGenerator[tuple
     Raises:
         RolloutError: The engine cannot be made, or the environment.
     """
+    async with local_engine(config) as engine:
+        brancher = LocalBrancher(
+            engine,
+            env,
+            image=config.image.name,
+            limits=config.engine,
+            concurrency=config.fleet.concurrent_branches,
+        )
+        yield brancher, await brancher.prepare()
+
+
+@contextlib.asynccontextmanager
+async def local_engine(config: RunConfig) -> AsyncGenerator[Engine]:
+    """The engine that a run asks for.
+
+    Raises:
+        BootError: This machine lacks it.
+    """
     parent, token = scratch_parent(), uuid.uuid4().hex[:12]
     sweep(parent)
     try:
@@ -40,14 +58,7 @@ async def prepared_brancher(config: RunConfig, env: Env) -> AsyncGenerator[tuple
     os.environ[OWNER_MARK] = token
     try:
         async with make_engine(config.engine, config.image, scratch) as engine:
-            brancher = LocalBrancher(
-                engine,
-                env,
-                image=config.image.name,
-                limits=config.engine,
-                concurrency=config.fleet.concurrent_branches,
-            )
-            yield brancher, await brancher.prepare()
+            yield engine
     finally:
         del os.environ[OWNER_MARK]
         reaper.close()

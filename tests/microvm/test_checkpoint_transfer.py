@@ -182,7 +182,11 @@ def pages() -> Pages:
 @pytest.fixture
 def snapshot(pages: Pages) -> Snapshot:
     first, second = np.array([1, 3, 5], np.uint32), np.array([3, 9], np.uint32)
-    blocks = (PageBlock.of(first, pages[first] ^ 1, pages), PageBlock.of(second, pages[second] ^ 2, pages))
+    one, two = np.uint8(1), np.uint8(2)
+    blocks = (
+        PageBlock.of(first, pages[first] ^ one, pages),
+        PageBlock.of(second, pages[second] ^ two, pages),
+    )
     numbers = np.array([1, 3, 5, 9], np.uint32)
     owners, rows = np.array([0, 1, 0, 1], np.uint8), np.array([0, 0, 2, 1], np.uint32)
     return Snapshot(b"state", numbers, owners, rows, blocks, 77)

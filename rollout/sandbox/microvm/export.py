@@ -113,7 +113,7 @@ async def _import(
         await engine.in_thread(lambda: _fetch_base(depot, base))
     except BootError as error:
         raise CheckpointError(error.message) from error
-    stock = await engine.stocks.of_base(image["digest"], base["digest"], machine)
+    stock = await engine.stocks.of_base(image["digest"], (base["key"], base["digest"]), machine)
     if stock.fingerprint != record["fingerprint"]:
         raise CheckpointError("this checkpoint is of another machine: its fingerprint differs")
     num_pages = stock.pages.size // GUEST_PAGE_BYTES

@@ -123,12 +123,12 @@ class Stocks:
                 stock = self._stocks[image.digest] = await self._make(image)
             return stock
 
-    async def of_base(self, image_digest: str, base_digest: str, machine: Mapping[str, str]) -> Stock:
+    async def of_base(self, image_digest: str, base: tuple[str, str], machine: Mapping[str, str]) -> Stock:
         """The stock of a base that another machine made.
 
         Args:
             image_digest: The image, which is in the store.
-            base_digest: The base, which is in the cache.
+            base: Key and digest of the base, which is in the cache.
             machine: What its checkpoints need.
 
         Raises:
@@ -138,11 +138,11 @@ class Stocks:
         async with self._making:
             image = self._store.find_current(image_digest, payload_contents())
             for stock in self._stocks.values():
-                if (stock.image_digest, stock.base.digest) == (image.digest, base_digest):
+                if (stock.image_digest, stock.base.digest) == (image.digest, base[1]):
                     require_same(machine, stock.machine)
                     return stock
-            stock = self._stocks[f"{image.digest}:{base_digest}"] = await self._make(
-                image, base_digest=base_digest, wanted=machine
+            stock = self._stocks[f"{image.digest}:{base[1]}"] = await self._make(
+                image, imported=base, wanted=machine
             )
             return stock
 
@@ -158,7 +158,11 @@ class Stocks:
         self._stocks.clear()
 
     async def _make(
-        self, image: Image, *, base_digest: str | None = None, wanted: Mapping[str, str] | None = None
+        self,
+        image: Image,
+        *,
+        imported: tuple[str, str] | None = None,
+        wanted: Mapping[str, str] | None = None,
     ) -> Stock:
         accel = self._accel or await self._in_thread(lambda: choose_accel(self._config.accel, image))
         self._accel = accel
@@ -181,10 +185,10 @@ class Stocks:
             images = {_IMAGES: self._store.root / "images"}
             spawner = self._spawner = Spawner(images, devices, programs=[binary])
         key = base_key(image, shape, version, self._image_config.warm_up)
-        if base_digest is None:
+        if imported is None:
             base = await self._base(key, image, shape, files, spawner)
         else:
-            base = await self._imported_base(key, base_digest, shape)
+            base = await self._imported_base(*imported, shape)
 
         async def start() -> Vmm:
             return await self._in_thread(
@@ -221,7 +225,7 @@ class Stocks:
         bases = BaseStore(self._store.root)
         base = await self._in_thread(lambda: bases.load_imported(key, digest, shape.memory_bytes))
         if base is None:
-            raise CheckpointError(f"the base {digest} is not here, or is for another machine or warm-up")
+            raise CheckpointError(f"the base {digest} is not here")
         return base
 
     async def _base(
