@@ -42,6 +42,7 @@ class Bench:
         live: Sandboxes that are alive at once in the crowd; 0 leaves it out.
         rivals: What to stand beside.
         boot_ms: How long the cold boot took, environment made, reset and saved.
+        image: What is booted.
     """
 
     kind: EngineKind
@@ -53,6 +54,7 @@ class Bench:
     live: int
     rivals: Rivals
     boot_ms: float
+    image: str = "default"
 
     async def clone(self, checkpoint: Checkpoint | None = None) -> Sandbox:
         """One clone, of the root unless told otherwise."""

@@ -36,14 +36,15 @@ async def clone_times(bench: Bench) -> AsyncIterator[BenchRow]:
         async with await bench.clone() as sandbox:
             await bench.env.step(sandbox, STAY)
             step_ms.append((time.perf_counter() - start_s) * 1000)
-    target = at_most(100) if bench.kind == "microvm" else None
+    target = at_most(20) if bench.kind == "microvm" else None
     yield BenchRow.of(
         "clone to first reply", fork_ms, "ms", subject=bench.kind, target=target, rivals=beside,
         note="agent only, handshake included",
     )  # fmt: skip
     yield BenchRow.of(
-        "clone to first FrozenLake step", step_ms, "ms", subject=bench.kind, target=target, rivals=beside[1:]
-    )
+        "clone to first FrozenLake step", step_ms, "ms", subject=bench.kind,
+        target=at_most(45) if bench.kind == "microvm" else None, rivals=beside[1:],
+    )  # fmt: skip
 
 
 async def checkpoint_times(bench: Bench) -> AsyncIterator[BenchRow]:
@@ -70,7 +71,7 @@ async def checkpoint_times(bench: Bench) -> AsyncIterator[BenchRow]:
 
 async def branch_rates(bench: Bench) -> AsyncIterator[BenchRow]:
     """Whole branches a second: clone, step, checkpoint, release; with 1, 4 and 8 in flight."""
-    floors: dict[EngineKind, float] = {"process": 150, "microvm": 8}
+    floors: dict[EngineKind, float] = {"process": 150, "microvm": 22}
     bare_ms = statistics.median(bench.rivals.bare.branch_ms)
     for in_flight in (1, 4, 8):
         rates = [await _branch_rate(bench, in_flight) for _ in range(_NUM_WINDOWS)]
@@ -134,7 +135,8 @@ async def stored_bytes(bench: Bench) -> AsyncIterator[BenchRow]:
         checkpoint = await bench.stepped(bench.root)
         kib.append(checkpoint.private_bytes / 1024)
         await bench.engine.discard(checkpoint)
-    yield BenchRow.of("checkpoint one step after its parent", kib, "KiB", subject=bench.kind)
+    target = at_most(120) if bench.kind == "microvm" else None
+    yield BenchRow.of("checkpoint one step after its parent", kib, "KiB", subject=bench.kind, target=target)
 
 
 async def round_trips(bench: Bench) -> AsyncIterator[BenchRow]:

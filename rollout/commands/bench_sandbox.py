@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rollout.commands import bench_crowds, bench_forks
+from rollout.commands import bench_crowds, bench_forks, bench_machines
 from rollout.commands.bench_engine import ENGINE_KINDS, Bench, EngineKind, Rivals, Section
 from rollout.commands.bench_rival import measure_bare_fork, measure_start
 from rollout.commands.bench_row import BenchRow, Rival
@@ -41,7 +41,16 @@ _COMMON: tuple[Section, ...] = (
     bench_crowds.cycles,
     bench_crowds.live_at_once,
 )
-SECTIONS: dict[EngineKind, tuple[Section, ...]] = {"inline": _COMMON, "process": _COMMON, "microvm": _COMMON}
+_MACHINES: tuple[Section, ...] = (
+    bench_machines.machine_clones,
+    bench_machines.machine_pauses,
+    bench_machines.tiny_guests,
+)
+SECTIONS: dict[EngineKind, tuple[Section, ...]] = {
+    "inline": _COMMON,
+    "process": _COMMON,
+    "microvm": (*_COMMON, *_MACHINES),
+}
 """What is measured on each engine, in order."""
 
 _FROZEN_LAKE = EnvConfig(args={"env_id": "FrozenLake-v1", "kwargs": {"is_slippery": False}})
@@ -134,4 +143,6 @@ async def _begin(plan: _Plan, engine: Engine, image: ImageConfig, rivals: Rivals
         await env.reset(sandbox, env.tasks()[0], seed=0)
         root = await sandbox.checkpoint()
     boot_ms = (time.perf_counter() - start_s) * 1000
-    return Bench(plan.kind, engine, env, root, plan.samples, plan.cycles, plan.live, rivals, boot_ms)
+    return Bench(
+        plan.kind, engine, env, root, plan.samples, plan.cycles, plan.live, rivals, boot_ms, image.name
+    )

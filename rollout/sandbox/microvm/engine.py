@@ -166,6 +166,15 @@ class MicroVMEngine:
         self._snapshots.setdefault(checkpoint_id, (snapshot, stock))
         return _checkpoint(checkpoint_id, parent_id, snapshot, stock)
 
+    async def drain(self) -> None:
+        """Ends every VMM that waits for a fork: their memory is free, and the next fork starts its own."""
+        await self._stocks.drain()
+
+    @property
+    def num_waiting(self) -> int:
+        """VMMs that wait for a fork."""
+        return self._stocks.num_waiting
+
     async def close(self) -> None:
         """Kills every sandbox, ends the launcher and frees every checkpoint. Idempotent."""
         if not self._is_closed:

@@ -90,6 +90,7 @@ class VmmPool:
         self._retired: list[Ready] = []
         self._refill: asyncio.Task[None] | None = None
         self._is_closed = False
+        self._is_draining = False
 
     @property
     def num_ready(self) -> int:
@@ -125,14 +126,20 @@ class VmmPool:
             waiting = self._dormant or self._retired
             waiting.pop(0).vmm.kill()
 
-    async def close(self) -> None:
-        """Ends those that wait. Idempotent."""
-        self._is_closed = True
+    async def drain(self) -> None:
+        """Ends those that wait, and lets no more be started ahead until the next take."""
         if self._refill is not None:
-            await self._refill
+            self._is_draining = True
+            await asyncio.wait([self._refill])
+            self._is_draining = False
         for waiting in (self._dormant, self._retired):
             while waiting:
                 waiting.pop().vmm.kill()
+
+    async def close(self) -> None:
+        """Ends those that wait. Idempotent."""
+        self._is_closed = True
+        await self.drain()
 
     def _keep_filled(self) -> None:
         if self._is_closed or (self._refill is not None and not self._refill.done()):
@@ -142,7 +149,9 @@ class VmmPool:
 
     async def _fill(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self._is_closed and self.num_ready < self._demand.target(loop.time()):
+        while not (self._is_closed or self._is_draining) and self.num_ready < self._demand.target(
+            loop.time()
+        ):
             begun_s = loop.time()
             try:
                 await self._start_ahead()

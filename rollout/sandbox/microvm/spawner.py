@@ -64,7 +64,9 @@ class Child:
     @property
     def has_ended(self) -> bool:
         """The process is gone, or waits to be reaped."""
-        return bool(select.select([self.pidfd], [], [], 0)[0])
+        poll = select.poll()  # not select: with many machines descriptors have large numbers
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def kill(self) -> None:
         """SIGKILL; no error when it has ended."""

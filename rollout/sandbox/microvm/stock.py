@@ -146,6 +146,16 @@ class Stocks:
             )
             return stock
 
+    @property
+    def num_waiting(self) -> int:
+        """VMMs that wait, of all images."""
+        return sum(stock.pool.num_ready for stock in self._stocks.values())
+
+    async def drain(self) -> None:
+        """Ends the waiting VMMs."""
+        for stock in self._stocks.values():
+            await stock.pool.drain()
+
     async def close(self) -> None:
         """Ends the waiting VMMs and the launcher. Idempotent."""
         for stock in self._stocks.values():
