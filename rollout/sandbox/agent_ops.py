@@ -14,6 +14,7 @@ Arguments without a value above are optional if their default is given or their 
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
 from collections.abc import Callable
@@ -43,12 +44,21 @@ def register_operations(agent: Agent, *, machine: bool = False) -> GuestEnv:
     agent.register("write_file", _write_file)
     for op, operation in ENV_OPERATIONS.items():
         agent.register(op, _on_env(operation, env))
+    agent.register("env.make", lambda call, args: _make_env(env, args))
     Commands(agent).register()
     return env
 
 
 def _on_env(operation: Callable[[GuestEnv, Args], Value], env: GuestEnv) -> Handler:
     return lambda call, args: operation(env, args)
+
+
+def _make_env(env: GuestEnv, args: Args) -> Value:
+    value = ENV_OPERATIONS["env.make"](env, args)
+    # What was imported for it stays: no later collection looks at it, and so writes to its pages.
+    gc.collect()
+    gc.freeze()
+    return value
 
 
 def _hello(call: Call, env: GuestEnv, args: Args, *, machine: bool) -> Value:

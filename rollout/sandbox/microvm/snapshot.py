@@ -34,7 +34,7 @@ from rollout.sandbox.microvm.vmm import RawState
 
 __all__ = ["MAX_BLOCKS", "PageBlock", "RawCache", "Snapshot"]
 
-MAX_BLOCKS = 8
+MAX_BLOCKS = 16
 _PAGES_AT_ONCE = 64
 _LEVEL = 1
 """zstd level: 1 compresses guest pages at over 500 MB/s, and higher levels save little on them."""
