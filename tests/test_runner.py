@@ -261,6 +261,28 @@ async def test_an_ungraded_step_leaves_the_return_null(inline: InlineEngine) -> 
     assert {step.n_step_return for step in trajectory.steps} == {None}
 
 
+@pytest.mark.parametrize("algorithm", ["uct", "random"])
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+async def test_a_reward_that_is_no_number_fails_the_episode_and_reaches_no_row(
+    inline: InlineEngine, algorithm: str, reward: float
+) -> None:
+    class Broken(GymEnv):
+        async def step(self, sandbox: Sandbox, action: Value, *, state_hash: bool = False) -> Step:
+            return replace(await super().step(sandbox, action, state_hash=state_hash), reward=reward)
+
+    run = config(search__algorithm=algorithm)
+    trajectory = await Stage(inline, run, env=Broken(**run.env.args)).play()
+    assert trajectory.episode.failure is not None
+    if algorithm == "random":
+        assert f"a reward of {reward}" in trajectory.episode.failure.cause
+        assert trajectory.episode.failure.boundary == "env"
+    else:
+        assert "no branch at the root has an outcome" in trajectory.episode.failure.cause
+    assert trajectory.episode.return_ is None
+    for row in (*trajectory.steps, *trajectory.nodes):
+        assert row.reward is None or math.isfinite(row.reward)
+
+
 async def test_a_cancelled_episode_releases_everything(inline: InlineEngine) -> None:
     is_playing = asyncio.Event()
 

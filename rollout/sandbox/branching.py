@@ -31,6 +31,7 @@ from rollout.errors import BootError, CheckpointError, ForkError, GuestError, Ro
 from rollout.sandbox.base import Checkpoint, Engine, Sandbox
 from rollout.sandbox.economics import Economics, WayCost
 from rollout.sandbox.holdings import Holdings
+from rollout.sandbox.jobs import by_checkpoint, with_finite_reward
 from rollout.sandbox.lineage import OpeningOrigin, Origin, witness_of
 from rollout.sandbox.slots import Slots
 from rollout.types import Failure, PlayoutResult, Randomness, Step, derive_seed
@@ -170,7 +171,7 @@ class LocalBrancher:
         return results
 
     async def _run_groups(self, jobs: Sequence[BranchJob], made: list[Checkpoint]) -> list[BranchResult]:
-        groups = _by_checkpoint(jobs, most=max(1, self._concurrency // 2))
+        groups = by_checkpoint(jobs, most=max(1, self._concurrency // 2))
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(self._run_group([jobs[i] for i in group], made)) for group in groups]
         results: dict[int, BranchResult] = {}
@@ -248,7 +249,12 @@ class LocalBrancher:
                 begin = steps[-1] if steps else job.playout.begin
                 assert begin is not None, "a lookahead begins at a step"
                 return steps, checkpoint, await self._look_ahead(job.playout, sandbox, begin)
-            return steps, checkpoint, await self._call("a playout", self._env.playout(sandbox, job.playout))
+            played = await self._call("a playout", self._env.playout(sandbox, job.playout))
+            if not isfinite(played.value):
+                raise EnvError(
+                    f"the rewards of a playout add up to {played.value}, which is no finite number"
+                )
+            return steps, checkpoint, played
         except RolloutError:
             if checkpoint is not None:
                 await self.release([checkpoint])
@@ -263,7 +269,7 @@ class LocalBrancher:
             start_s = self._clock()
             step = await self._call("a step", self._env.step(sandbox, action, state_hash=want_hash))
             self.economics.add("step", self._clock() - start_s)
-            steps.append(step)
+            steps.append(with_finite_reward(step))
             if step.terminated or step.truncated:
                 return tuple(steps), True
         return tuple(steps), False
@@ -274,7 +280,7 @@ class LocalBrancher:
         while num_steps < request.horizon and not (step.terminated or step.truncated):
             actions = self._env.actions(step)
             action = actions[derive_seed(request.seed, num_steps) % len(actions)]
-            step = await self._call("a step", self._env.step(sandbox, action))
+            step = with_finite_reward(await self._call("a step", self._env.step(sandbox, action)))
             value += weight * (step.reward if step.reward is not None else 0.0)
             weight *= request.discount
             num_steps += 1
@@ -345,17 +351,3 @@ class LocalBrancher:
     def _failure(self, error: RolloutError, start_s: float) -> BranchResult:
         self._failed += 1
         return BranchResult(duration_s=self._clock() - start_s, failure=Failure.of(error))
-
-
-def _by_checkpoint(jobs: Sequence[BranchJob], *, most: int) -> list[list[int]]:
-    """Indices of jobs that share a checkpoint, at most `most` in a group, in order of their first job."""
-    groups: list[list[int]] = []
-    open_groups: dict[str, list[int]] = {}
-    for index, job in enumerate(jobs):
-        group = open_groups.get(job.checkpoint.id, [])
-        if not group or len(group) == most:
-            group = list[int]()
-            groups.append(group)
-            open_groups[job.checkpoint.id] = group
-        group.append(index)
-    return groups
