@@ -250,11 +250,7 @@ class LocalBrancher:
                 assert begin is not None, "a lookahead begins at a step"
                 return steps, checkpoint, await self._look_ahead(job.playout, sandbox, begin)
             played = await self._call("a playout", self._env.playout(sandbox, job.playout))
-            if not isfinite(played.value):
-                raise EnvError(
-                    f"the rewards of a playout add up to {played.value}, which is no finite number"
-                )
-            return steps, checkpoint, played
+            return steps, checkpoint, with_finite_value(played)
         except RolloutError:
             if checkpoint is not None:
                 await self.release([checkpoint])
