@@ -31,7 +31,7 @@ from rollout.errors import BootError, CheckpointError, ForkError, GuestError, Ro
 from rollout.sandbox.base import Checkpoint, Engine, Sandbox
 from rollout.sandbox.economics import Economics, WayCost
 from rollout.sandbox.holdings import Holdings
-from rollout.sandbox.jobs import by_checkpoint, with_finite_reward
+from rollout.sandbox.jobs import by_checkpoint, with_finite_reward, with_finite_value
 from rollout.sandbox.lineage import OpeningOrigin, Origin, witness_of
 from rollout.sandbox.slots import Slots
 from rollout.types import Failure, PlayoutResult, Randomness, Step, derive_seed
