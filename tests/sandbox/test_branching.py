@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from envs.gym import GymEnv
-from rollout.branch import BranchJob, BranchResult, Opening
+from rollout.branch import BranchJob, BranchResult, Lookahead, LookaheadResult, Opening
 from rollout.config import EngineConfig
 from rollout.env import Task
 from rollout.errors import CapacityError, CheckpointError, EnvError, ForkError, GuestError, RolloutError
@@ -17,7 +17,7 @@ from rollout.sandbox.base import Checkpoint, Sandbox
 from rollout.sandbox.branching import LocalBrancher
 from rollout.sandbox.inline import InlineEngine
 from rollout.testing import Fault, FaultPlan, FaultyEngine
-from rollout.types import PlayoutRequest, Randomness, RngPolicy, Step, Value
+from rollout.types import PlayoutRequest, PlayoutResult, Randomness, RngPolicy, Step, Value
 
 TASK = Task("only")
 DOWN, RIGHT = 1, 2
@@ -315,3 +315,31 @@ async def test_preparing_fails_as_what_failed(inline: InlineEngine) -> None:
     assert inline.num_sandboxes == 0
     await carrier.prepare()  # the next try begins anew
     assert (await carrier.open(TASK, 0)).step.observation == 0
+
+
+async def test_a_playout_that_adds_up_to_no_number_is_a_failure(inline: InlineEngine) -> None:
+    class Broken(GymEnv):
+        async def playout(self, sandbox: Sandbox, request: PlayoutRequest) -> PlayoutResult:
+            return replace(await super().playout(sandbox, request), value=float("nan"))
+
+    carrier, _ = brancher(inline, played=Broken(env_id="FrozenLake-v1"))
+    opening = await carrier.open(TASK, 0)
+    for result in await carrier.run(jobs(opening, 3)):
+        assert result.failure is not None
+        assert result.failure.boundary == "env"
+        assert "nan" in result.failure.cause
+    assert carrier.stats.checkpoints == 1
+
+
+@pytest.mark.parametrize("has_actions", [True, False])
+async def test_a_lookahead_ends_in_an_observed_state(inline: InlineEngine, has_actions: bool) -> None:
+    carrier, _ = brancher(inline, played=env(is_slippery=False))
+    opening = await carrier.open(TASK, 0)
+    request = Lookahead(3, 5, begin=None if has_actions else opening.step)
+    job = BranchJob(opening.checkpoint, (RIGHT,) if has_actions else (), Randomness.seeded(1), request)
+    [first], [again] = await carrier.run([job]), await carrier.run([job])
+    found = first.playout
+    assert isinstance(found, LookaheadResult)
+    assert found == again.playout
+    assert 1 <= found.num_steps <= 3
+    assert bool(found.actions) != (found.last.terminated or found.last.truncated)
