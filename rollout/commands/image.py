@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +12,9 @@ from rich.table import Table
 
 from rollout.commands.output import print_json, stderr_console, stdout_console
 from rollout.config import ImageConfig, load_config
+from rollout.errors import ConfigError
 from rollout.sandbox.image.build import build_image
+from rollout.sandbox.image.oci import open_oci_image
 from rollout.sandbox.image.recipe import recipe_of
 from rollout.sandbox.image.store import ImageStore
 from rollout.sandbox.payload import payload_contents
@@ -26,6 +30,13 @@ def build(
         str | None, typer.Option(help="Build the image of this run configuration instead of the default one.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the image in the store.")] = None,
+    container: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Make it of a container image: an OCI layout (folder or archive) or a docker save.",
+        ),
+    ] = None,
 ) -> None:
     """Build a guest image (kernel, system, wheels, agent), or find it built, and print its digest."""
     image_config = load_config(config).image if config else ImageConfig()
@@ -36,8 +47,21 @@ def build(
     def log(line: str) -> None:
         console.print(f"[dim]{time.monotonic() - begun_s:6.1f} s[/]  {line}", highlight=False)
 
-    recipe = recipe_of(image_config, payload)
-    image = build_image(recipe, payload, name=name or image_config.name, log=log)
+    store, target = ImageStore(), name or image_config.name
+    if container is None:
+        recipe = recipe_of(image_config, payload)
+        typer.echo(build_image(recipe, payload, name=target, store=store, log=log).digest)
+        return
+    if name is None:
+        raise ConfigError("give an image of a container a name of its own: --name NAME")
+    with store.scratch() as scratch, open_oci_image(container, scratch) as opened:
+        if opened.settings.user not in ("", "0", "root", "0:0", "root:root"):
+            print(
+                f"rollout: the image's user {opened.settings.user!r} is not applied: commands run as root",
+                file=sys.stderr,
+            )
+        recipe = recipe_of(image_config, payload, container=opened.digest)
+        image = build_image(recipe, payload, name=target, store=store, container=opened, log=log)
     typer.echo(image.digest)
 
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from uuid import UUID
 
 from rollout.errors import BootError
+from rollout.sandbox.image.container import START_OF_CONTAINER, make_container_tree
+from rollout.sandbox.image.oci import OciImage
 from rollout.sandbox.image.recipe import GUEST_PYTHON, Recipe
 from rollout.sandbox.image.store import Image, ImageStore
 
@@ -39,6 +41,7 @@ REQUIRED_TOOLS = {
 _MODULES = ("virtio_mmio", "virtio_blk", "virtio_console", "erofs", "overlay")
 _EXCLUDED_FROM_SYSTEM = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 _KERNEL_FOLDER = "rollout-kernel"
+_SWITCH = "exec $bb switch_root /root"
 _INITRAMFS_FOLDERS = ("bin", "dev", "disk", "layer", "modules", "root")
 
 Log = Callable[[str], None]
@@ -50,6 +53,7 @@ def build_image(
     *,
     name: str = "default",
     store: ImageStore | None = None,
+    container: OciImage | None = None,
     log: Log = lambda line: None,
 ) -> Image:
     """Builds the image of a recipe, or finds it built, and gives it a name.
@@ -59,6 +63,7 @@ def build_image(
         payload: The agent's files, by path in the guest's package folder.
         name: The name it gets in the store.
         store: Where it goes; the user's cache by default.
+        container: The container image of the recipe, if it has one.
         log: Told one line a stage.
 
     Raises:
@@ -89,7 +94,11 @@ def build_image(
             _run(["dpkg-deb", "-x", str(package), str(kernel)], "unpacking the kernel")
         shutil.rmtree(tree / _KERNEL_FOLDER)
         shutil.copy(_only(kernel / "boot", "vmlinuz-*"), output / "vmlinuz")
-        _pack_initramfs(kernel, scratch / "initramfs", output / "initrd")
+        start = None if container is None else START_OF_CONTAINER
+        _pack_initramfs(kernel, scratch / "initramfs", output / "initrd", start)
+        if container is not None:
+            log("unpacking the container image")
+            tree = make_container_tree(container, tree, scratch / "container")
         _pack_disk(tree, recipe, output / "rootfs.erofs")
         image = store.add(output, asdict(recipe), key=recipe.key, name=name)
     log(f"image {image.digest[:12]}: {image.size_bytes / 1e6:.0f} MB in {image.path}")
@@ -175,7 +184,8 @@ def _compile_python(tree: Path) -> None:
     )
 
 
-def _pack_initramfs(kernel: Path, tree: Path, output: Path) -> None:
+def _pack_initramfs(kernel: Path, tree: Path, output: Path, start: str | None) -> None:
+    """Packs the first file system; `start` is the command that goes on, instead of the usual one."""
     for folder in _INITRAMFS_FOLDERS:
         (tree / folder).mkdir(parents=True)
     shutil.copy(kernel / "bin/busybox", tree / "bin/busybox")
@@ -184,6 +194,8 @@ def _pack_initramfs(kernel: Path, tree: Path, output: Path) -> None:
         shutil.copy(module, tree / "modules" / module.name)
     (tree / "modules/order").write_text("".join(f"{module.name}\n" for module in order))
     script = resources.files("rollout.sandbox.image").joinpath("initramfs.sh").read_text()
+    if start is not None:
+        script = script[: script.index(_SWITCH)] + f"{_SWITCH} {start}\n"
     (tree / "init").write_text(script)
     (tree / "init").chmod(0o755)
     paths = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))

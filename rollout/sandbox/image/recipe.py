@@ -33,6 +33,8 @@ class Recipe:
         wheels: Python requirements, sorted, with exact versions for the default ones.
         payload_sha256: Digest of the guest agent's files.
         suite: Debian release.
+        container: Digest of the container image whose files the guest has instead of the Debian system's;
+            empty for none.
         layout: Version of the builder's own layout: raised when the same parts would be assembled
             differently.
     """
@@ -42,11 +44,15 @@ class Recipe:
     payload_sha256: str
     suite: str = SUITE
     layout: int = 1
+    container: str = ""
 
     @property
     def key(self) -> str:
         """Equal for equal recipes."""
-        return _sha256_of(asdict(self))
+        parts = asdict(self)
+        if not self.container:
+            del parts["container"]  # so that it has the key that it had before there were containers
+        return _sha256_of(parts)
 
     @property
     def system_key(self) -> str:
@@ -54,13 +60,20 @@ class Recipe:
         return _sha256_of({"packages": self.packages, "suite": self.suite, "layout": self.layout})
 
 
-def recipe_of(config: ImageConfig, payload: Mapping[str, bytes]) -> Recipe:
-    """The recipe of a configured image with the agent's files as they are now."""
+def recipe_of(config: ImageConfig, payload: Mapping[str, bytes], *, container: str = "") -> Recipe:
+    """The recipe of a configured image with the agent's files as they are now.
+
+    Args:
+        config: What is configured.
+        payload: The agent's files.
+        container: Digest of a container image.
+    """
     pinned = tuple(f"{name}=={metadata.version(name)}" for name in DEFAULT_WHEELS)
     return Recipe(
         packages=tuple(sorted(set(config.packages))),
         wheels=tuple(sorted({*pinned, *config.wheels})),
         payload_sha256=payload_digest(payload),
+        container=container,
     )
 
 
