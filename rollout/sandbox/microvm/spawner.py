@@ -109,9 +109,10 @@ class Spawner:
         self._lock = threading.Lock()
         self._num_spawned = 0
         self._is_root = os.geteuid() == 0
+        files = _files_of(programs)  # refused before anything is made
         self._nodes = tempfile.TemporaryDirectory(prefix="rollout-nodes-")
         nodes = _own_nodes(devices, Path(self._nodes.name)) if self._is_root else {d: d for d in devices}
-        wall = _wall(_view(read_only, nodes, programs), as_root=self._is_root)
+        wall = _wall(_view(read_only, nodes, files), as_root=self._is_root)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -227,11 +228,9 @@ def _own_nodes(devices: Sequence[Path], folder: Path) -> dict[Path, Path]:
     return nodes
 
 
-def _view(
-    read_only: Mapping[str, Path], devices: Mapping[Path, Path], programs: Sequence[str | Path]
-) -> list[str]:
+def _view(read_only: Mapping[str, Path], devices: Mapping[Path, Path], files: Sequence[str]) -> list[str]:
     """Arguments of bubblewrap: the root folder of VMMs."""
-    shown = {path: path for path in (*_VMM_DATA, *_files_of(programs))}
+    shown = {path: path for path in (*_VMM_DATA, *files)}
     shown |= {inside: str(path) for inside, path in read_only.items()}
     binds = [part for inside, path in shown.items() for part in ("--ro-bind-try", path, VIEW_FOLDER + inside)]
     nodes = {str(path): str(path) for path in _VMM_DEVICES}
