@@ -75,6 +75,14 @@ class EngineConfig(_Section):
     """Deadline of one call to the guest."""
     checkpoint_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """Deadline of a checkpoint."""
+    cpu_share: Annotated[float, Field(gt=0)] | None = None
+    """Steady share of a core of each microVM, by control groups; unset: no limit."""
+    boost_share: Annotated[float, Field(gt=0)] = 1.0
+    """Share of a core of a new clone, for `boost_s`, where `cpu_share` is set."""
+    boost_s: Annotated[float, Field(ge=0)] = 2.0
+    """How long a new clone has its `boost_share`."""
+    memory_ceiling_mib: Annotated[int, Field(ge=64)] | None = None
+    """Memory that a microVM and its VMM may use of their own, by control groups; beyond it, it is ended."""
     hibernate_after_s: Annotated[float, Field(gt=0)] | None = 300.0
     """Idle time after which a microVM gives its memory back, until its next request."""
     memory_reserve_mib: Annotated[int, Field(ge=0)] = 1024

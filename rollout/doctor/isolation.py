@@ -6,12 +6,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rollout.doctor.finding import Finding, Status
+from rollout.sandbox.control_groups import MountedGroup, mounted_groups
 
-__all__ = ["bubblewrap", "control_groups", "isolation_findings", "mounted_groups", "user_namespaces"]
+__all__ = ["bubblewrap", "control_groups", "isolation_findings", "user_namespaces"]
 
 _PROBE_TIMEOUT_S = 10.0
 _WANTED_CONTROLLERS = ("cpu", "memory", "pids")
@@ -55,15 +55,6 @@ def bubblewrap() -> Finding:
     return Finding(name, Status.OK, f"{version}, works")
 
 
-@dataclass(frozen=True, slots=True)
-class MountedGroup:
-    """The control group of this process in one mounted hierarchy; `version` is 1 or 2."""
-
-    version: int
-    controllers: frozenset[str]
-    folder: Path
-
-
 def control_groups(proc: Path = Path("/proc")) -> Finding:
     """Tries to make, and removes again, a group below the own one in each hierarchy that matters."""
     name = "control groups"
@@ -85,45 +76,6 @@ def control_groups(proc: Path = Path("/proc")) -> Finding:
         have = f"may make groups for {', '.join(usable)}; " if usable else ""
         return Finding(name, Status.WARN, f"{mounted}: {have}not for {', '.join(refused)}", weaker)
     return Finding(name, Status.OK, f"{mounted}: may make groups for {', '.join(usable)}")
-
-
-def mounted_groups(proc: Path = Path("/proc")) -> list[MountedGroup]:
-    """The own control group in every hierarchy that is mounted here; empty when that cannot be read."""
-    try:
-        mounts = (proc / "self/mountinfo").read_text().splitlines()
-        memberships = (proc / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    own_path: dict[frozenset[str], str] = {}
-    for line in memberships:
-        _, names, path = line.split(":", 2)
-        own_path[frozenset(name for name in names.split(",") if name)] = path
-    groups: list[MountedGroup] = []
-    for line in mounts:
-        before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
-        mount_root, mount_point = fields[3], Path(fields[4])
-        if kind[0] == "cgroup2":
-            folder = _below(mount_point, mount_root, own_path.get(frozenset(), "/"))
-            groups.append(MountedGroup(2, _controllers_of(folder), folder))
-        elif kind[0] == "cgroup":
-            options = frozenset(kind[2].split(","))
-            names = next((names for names in own_path if names and names <= options), frozenset[str]())
-            groups.append(MountedGroup(1, names, _below(mount_point, mount_root, own_path.get(names, "/"))))
-    return groups
-
-
-def _below(mount_point: Path, mount_root: str, path: str) -> Path:
-    """Where the group `path` is, in a hierarchy of which `mount_root` is mounted (not "/" in a container)."""
-    inside = path.removeprefix(mount_root) if path.startswith(mount_root) else path
-    return mount_point / inside.lstrip("/")
-
-
-def _controllers_of(folder: Path) -> frozenset[str]:
-    try:
-        return frozenset((folder / "cgroup.controllers").read_text().split())
-    except OSError:
-        return frozenset()
 
 
 def _may_create_group(group: MountedGroup) -> bool:

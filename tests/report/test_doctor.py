@@ -12,10 +12,11 @@ import pytest
 from rollout.cli import main
 from rollout.commands.doctor import examine, guest_image, image_tools
 from rollout.doctor import Finding, Status, paging_findings, verdicts
-from rollout.doctor.isolation import bubblewrap, control_groups, mounted_groups, user_namespaces
+from rollout.doctor.isolation import bubblewrap, control_groups, user_namespaces
 from rollout.doctor.machine import cpu_model, disk_space, memory, memory_bytes, processes, shared_memory
 from rollout.doctor.paging import kernel_same_page_merging, pagemap_scan, swap, transparent_huge_pages
 from rollout.doctor.virtualisation import kvm_device, qemu, qemu_for_kvm
+from rollout.sandbox.control_groups import mounted_groups
 from rollout.sandbox.image.store import ImageStore
 
 

@@ -24,6 +24,7 @@ from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError, CapacityError, CheckpointError, ForkError, RolloutError
 from rollout.sandbox.base import Capabilities, Checkpoint, PhaseTimings, Sandbox
 from rollout.sandbox.client import GuestClient
+from rollout.sandbox.microvm.limits import VmmLimits
 from rollout.sandbox.microvm.pool import Ready, become
 from rollout.sandbox.microvm.room import Room
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox, Waking
@@ -72,6 +73,7 @@ class MicroVMEngine:
         self._num_reserved = 0
         self._snapshots: dict[str, tuple[Snapshot, Stock]] = {}
         self._stock_of: dict[str, Stock] = {}
+        self._limits = VmmLimits(config)
         self._room = Room(
             lambda: list(self._sandboxes.values()), config.memory_reserve_mib << 20, config.hibernate_after_s
         )
@@ -83,7 +85,7 @@ class MicroVMEngine:
     @property
     def capabilities(self) -> Capabilities:
         """See `Engine.capabilities`."""
-        return self._stocks.capabilities()
+        return self._stocks.capabilities(self._limits.names)
 
     @property
     def timings(self) -> PhaseTimings:
@@ -263,6 +265,7 @@ class MicroVMEngine:
         """Makes a waiting VMM into a snapshot that has confirmed its handshake; kills it if that fails."""
         vmm, timeout_s = ready.vmm, self._config.fork_timeout_s
         try:
+            self._limits.put_on(vmm)
             await self.in_thread(lambda: become(ready, snapshot, self._cache, stock.pages, timeout_s))
             client = await GuestClient.connect(vmm.channel.dup())
         except BaseException:
@@ -380,6 +383,7 @@ class MicroVMEngine:
         if self._retiring:
             await asyncio.wait(self._retiring)
         await self._stocks.close()
+        self._limits.close()
         self._snapshots.clear()
         self._workers.shutdown(wait=True)
 

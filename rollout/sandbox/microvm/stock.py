@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -96,8 +96,8 @@ class Stocks:
         self._stocks: dict[str, Stock] = {}
         self._making = asyncio.Lock()
 
-    def capabilities(self) -> Capabilities:
-        """What the engine offers on this machine."""
+    def capabilities(self, limits: Sequence[str]) -> Capabilities:
+        """What the engine offers on this machine; `limits` are those of control groups."""
         slow = "guests run under TCG, without KVM: several times slower"
         notes = [slow] if self._accel == "tcg" else []
         return Capabilities(
@@ -107,7 +107,7 @@ class Stocks:
             forks_background_processes=True,
             isolates_files=True,
             survives_host_restart=False,
-            limits=("memory",),
+            limits=("guest memory", "processes", "file size", *limits),
             notes=tuple(notes),
         )
 

@@ -170,6 +170,11 @@ class Vmm:
         )
 
     @property
+    def is_closed(self) -> bool:
+        """It has been killed."""
+        return self._is_closed
+
+    @property
     def pid(self) -> int:
         """Process id, as this process sees it."""
         return self.child.pid
@@ -264,12 +269,13 @@ class Vmm:
             CheckpointError: The VMM is gone or does not give its state.
         """
         try:
-            for patience in range(_INTERRUPTS, -1, -1):
-                state = self._stop_and_read(timeout_s)
-                if patience == 0 or not self._has_pending_interrupt(state.device_state):
+            state = self._stop_and_read(timeout_s)
+            for _ in range(_INTERRUPTS):
+                if not self._has_pending_interrupt(state.device_state):
                     break
                 self._qmp.execute("cont", timeout_s=timeout_s)
                 time.sleep(_INTERRUPT_S)
+                state = self._stop_and_read(timeout_s)
             if resume:
                 self._qmp.execute("cont", timeout_s=timeout_s)
         except (QmpError, OSError) as error:
