@@ -131,7 +131,7 @@ class TestMachines:
                 awake = sum(one.pid is not None for one in engine._sandboxes.values())
                 return (1024 << 20) + (3 - awake) * MACHINE_BYTES
 
-            monkeypatch.setattr(engine._room, "_available", available)
+            monkeypatch.setattr(engine._reviver.room, "_available", available)
             clones = []
             for number in range(8):
                 clones += await engine.fork(checkpoint, 1)
