@@ -228,6 +228,10 @@ class MicroVMEngine:
         """Restores a snapshot under a sandbox's identity; see `Reviver.revive`."""
         return await self._reviver.revive(sandbox, self._stock_of[sandbox.id], snapshot, randomness)
 
+    async def make_room(self) -> None:
+        """Waits for memory for a machine that goes on; see `Room.to_grow`."""
+        await self._reviver.room.to_grow()
+
     async def release(self, sandbox: MicroVMSandbox, waking: Waking, content: Snapshot | None) -> None:
         """Keeps the VMM of a dying sandbox for the next one, if it can be put back."""
         await self._reviver.release(self._stock_of.get(sandbox.id), waking, content)
