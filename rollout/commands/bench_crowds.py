@@ -18,6 +18,9 @@ from rollout.sandbox.base import Sandbox
 
 __all__ = ["clones_at_once", "cycles", "idle_cpu", "idle_memory", "live_at_once"]
 
+_STEPS_AT_ONCE = 32
+"""Of a crowd: more than the machine has cores for, and fewer than would all have to be awake."""
+
 
 async def idle_memory(bench: Bench, clones: int = 8) -> AsyncIterator[BenchRow]:
     """Private memory of idle clones, as the kernel counts it for their processes.
@@ -105,9 +108,13 @@ async def live_at_once(bench: Bench) -> AsyncIterator[BenchRow]:
             await sandboxes[-1].call("ping")
             times_ms.append((time.perf_counter() - clone_s) * 1000)
         total_s = time.perf_counter() - start_s
-        answers = await asyncio.gather(
-            *(bench.env.step(sandbox, STAY) for sandbox in sandboxes), return_exceptions=True
-        )
+        turns = asyncio.Semaphore(_STEPS_AT_ONCE)
+
+        async def step(sandbox: Sandbox) -> None:
+            async with turns:
+                await bench.env.step(sandbox, STAY)
+
+        answers = await asyncio.gather(*(step(sandbox) for sandbox in sandboxes), return_exceptions=True)
     finally:
         await asyncio.gather(*(sandbox.kill() for sandbox in sandboxes))
     tenth = max(1, bench.live // 10)

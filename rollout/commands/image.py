@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -55,11 +54,6 @@ def build(
     if name is None:
         raise ConfigError("give an image of a container a name of its own: --name NAME")
     with store.scratch() as scratch, open_oci_image(container, scratch) as opened:
-        if opened.settings.user not in ("", "0", "root", "0:0", "root:root"):
-            print(
-                f"rollout: the image's user {opened.settings.user!r} is not applied: commands run as root",
-                file=sys.stderr,
-            )
         recipe = recipe_of(image_config, payload, container=opened.digest)
         image = build_image(recipe, payload, name=target, store=store, container=opened, log=log)
     typer.echo(image.digest)

@@ -314,7 +314,12 @@ class _Output:
         return len(data)
 
 
+command_user: tuple[int, int] | None = None
+"""User and group of commands; None for the agent's own. Images that name one set it before the agent runs."""
+
+
 def _start(spec: CommandSpec) -> subprocess.Popen[bytes]:
+    user, group = command_user or (None, None)
     try:
         return subprocess.Popen(
             spec.argv,
@@ -325,6 +330,9 @@ def _start(spec: CommandSpec) -> subprocess.Popen[bytes]:
             cwd=spec.cwd,
             env={**os.environ, **spec.env},
             start_new_session=True,
+            user=user,
+            group=group,
+            extra_groups=None if user is None else [],
         )
     except (OSError, ValueError) as error:  # ValueError: a NUL in a name
         raise GuestError(f"cannot start {spec.argv[0]!r}: {error}") from error

@@ -11,7 +11,9 @@ import pytest
 from test_container_images import Entry, layer, layout
 
 from rollout.config import EngineConfig, ImageConfig
+from rollout.errors import BootError
 from rollout.sandbox.engines import what_is_missing
+from rollout.sandbox.image.container import User, user_of
 from rollout.sandbox.image.recipe import recipe_of
 from rollout.sandbox.image.store import ImageStore, cache_dir
 from rollout.sandbox.microvm.engine import MicroVMEngine
@@ -25,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(_missing is not None, reason=_missing or ""),
     pytest.mark.skipif(not _system.exists(), reason="no Debian system in the cache to take the agent's from"),
 ]
-TOOLS = ("sh", "cat", "pwd", "env", "ls", "echo")
+TOOLS = ("sh", "cat", "pwd", "env", "ls", "echo", "id")
 
 
 def container(folder: Path) -> Path:
@@ -37,6 +39,7 @@ def container(folder: Path) -> Path:
     shell: list[Entry] = [("dir", "bin", None), ("file", "bin/busybox", busybox)]
     shell += [("link", f"bin/{name}", "busybox") for name in TOOLS]
     shell += [("dir", "srv", None), ("file", "srv/gone", b""), ("file", "srv/kept", b"kept")]
+    shell += [("dir", "etc", None), ("file", "etc/passwd", b"nobody:x:65534:65533::/nowhere:/bin/sh\n")]
     return layout(folder, [layer(shell), layer([("file", "srv/.wh.gone", b"")])])
 
 
@@ -51,13 +54,15 @@ async def test_a_container_without_python(tmp_path: Path, monkeypatch: pytest.Mo
         [*build, "--name", "box"], capture_output=True, text=True, env=os.environ, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "user 'nobody' is not applied" in done.stderr
     config = EngineConfig(kind="microvm", accel="tcg")
     async with MicroVMEngine(config, ImageConfig()) as engine:
         machine = await engine.boot("box")
         said = await machine.exec(["sh", "-c", "pwd; ls; cat kept; echo; echo $A; ls /bin/python3"])
         assert said.stdout.split() == [b"/srv", b"kept", b"kept", b"b=c"]
         assert b"No such file" in said.stderr
+        who = await machine.exec(["sh", "-c", "id -u; id -g; id -G; echo $HOME; echo x > /srv/kept"])
+        assert who.stdout.split() == [b"65534", b"65533", b"65533", b"/nowhere"]
+        assert b"denied" in who.stderr
         assert (await machine.exec(["cat"], cwd="/", env={"A": "z"}, stdin=b"x")).stdout == b"x"
         await machine.call("env.make", env_id="FrozenLake-v1", kwargs={"is_slippery": False})
         await machine.call("env.reset", seed=1)
@@ -65,6 +70,36 @@ async def test_a_container_without_python(tmp_path: Path, monkeypatch: pytest.Mo
         step = await clone.call("env.step", action=1)
         assert isinstance(step, dict)
         assert step["observation"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("", None),
+        ("root", None),
+        ("0:0", None),
+        ("app", User(1000, 100, "/home/app")),
+        ("1000", User(1000, 100, "/home/app")),
+        ("app:staff", User(1000, 50, "/home/app")),
+        ("7:8", User(7, 8, "/")),
+        ("0:staff", User(0, 50, "/root")),
+    ],
+)
+def test_users_are_looked_up_in_the_container(tmp_path: Path, name: str, expected: User | None) -> None:
+    (tmp_path / "etc").mkdir()
+    users = "root:x:0:0::/root:/bin/sh\napp:x:1000:100::/home/app:/bin/sh\nbad:x:many:0::/:/bin/sh\n"
+    (tmp_path / "etc/passwd").write_text(users)
+    (tmp_path / "etc/group").write_text("staff:x:50:\n")
+    assert user_of(name, tmp_path) == expected
+    for unknown in ("nobody", "app:nobody"):
+        with pytest.raises(BootError, match="nobody"):
+            user_of(unknown, tmp_path)
+
+
+def test_users_are_not_looked_up_outside(tmp_path: Path) -> None:
+    (tmp_path / "etc").symlink_to("/etc")
+    with pytest.raises(BootError, match="'daemon' is not in its /etc/passwd"):
+        user_of("daemon", tmp_path)
 
 
 def test_an_image_of_a_container_wants_a_name(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ async def test_an_idle_machine_is_parked_and_uses_no_cpu(machine: MicroVMSandbox
     assert machine.pid is not None
     before_s = cpu_s(machine.pid)
     await asyncio.sleep(1.0)
-    assert cpu_s(machine.pid) == before_s
+    assert cpu_s(machine.pid) - before_s < 0.015, "more than a tick of the kernel's accounting"
     assert (await machine.exec(["echo", "back"])).stdout == b"back\n"
 
 

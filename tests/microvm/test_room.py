@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import CapacityError, GuestError
 from rollout.sandbox.engines import what_is_missing
+from rollout.sandbox.microvm import room as room_module
 from rollout.sandbox.microvm.engine import MicroVMEngine
 from rollout.sandbox.microvm.room import MACHINE_BYTES, Room, available_bytes, choose
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox
@@ -78,12 +79,25 @@ async def test_room_is_made_by_who_was_idle_longest() -> None:
     await room.close()
 
 
-async def test_where_nobody_is_idle_there_is_no_room() -> None:
+async def test_where_nobody_is_idle_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room_module, "_PATIENCE_S", 0.1)
     everyone = [Fake(1.0, "running") for _ in range(3)]
     room = room_of(everyone, total=3)
     with pytest.raises(CapacityError, match="no sandbox is idle"):
         async with room.for_one():
             pass
+    await room.close()
+
+
+async def test_who_needs_memory_waits_until_somebody_is_idle() -> None:
+    everyone = [Fake(1.0, "running") for _ in range(3)]
+    room = room_of(everyone, total=3)
+    waiting = asyncio.create_task(room.to_grow())
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    everyone[1].state = "parked"
+    await waiting
+    assert everyone[1].state == "hibernated"
     await room.close()
 
 
@@ -131,7 +145,7 @@ class TestMachines:
                 awake = sum(one.pid is not None for one in engine._sandboxes.values())
                 return (1024 << 20) + (3 - awake) * MACHINE_BYTES
 
-            monkeypatch.setattr(engine._room, "_available", available)
+            monkeypatch.setattr(engine._reviver.room, "_available", available)
             clones = []
             for number in range(8):
                 clones += await engine.fork(checkpoint, 1)

@@ -1,6 +1,8 @@
 """The microvm engine: machines on a stock QEMU that fork at any depth.
 
 Reading order: `machine` (what a VMM is started with), `memory` (which guest pages are private, and how they
-are moved), `vmm` (one VMM: start, assign, save, stop), `snapshot` (what a checkpoint holds), `base`, `pool`,
-`engine`.
+are moved), `vmm` (one VMM: start, assign, rewind, save, stop), `rewind` (how a used one becomes another
+checkpoint), `snapshot` (what a checkpoint holds), `base`, `pool`, `reviver` (from a snapshot to a machine
+that has shaken hands), `sandbox`, `engine`. Beside them: `spawner` and `launcher` (the jail), `room` and
+`limits` (memory and CPU time), `transfer` and `export` (checkpoints on the move), `tiny_guest` (for KVM).
 """

@@ -1,7 +1,7 @@
 """The microvm engine: sandboxes are virtual machines with kernels of their own, forked at any depth.
 
-A fork takes a dormant VMM of the base, puts the checkpoint's pages and device state in, and shakes hands
-with the guest's agent before anyone may use it. Checkpoints live in this process's memory, compressed and
+A fork takes a VMM that waits, makes it the checkpoint, and shakes hands with the guest's agent before anyone
+may use it (`reviver`). Checkpoints live in this process's memory, compressed and
 sharing pages with their ancestors; they are gone with it, unless exported. The blocking steps run in worker
 threads; this module only orders them.
 """
@@ -23,10 +23,7 @@ from typing import Self, TypeVar
 from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError, CapacityError, CheckpointError, ForkError, RolloutError
 from rollout.sandbox.base import Capabilities, Checkpoint, PhaseTimings, Sandbox
-from rollout.sandbox.client import GuestClient
-from rollout.sandbox.microvm.limits import VmmLimits
-from rollout.sandbox.microvm.pool import Ready, become
-from rollout.sandbox.microvm.room import Room
+from rollout.sandbox.microvm.reviver import Reviver
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox, Waking
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.stock import Stock, Stocks
@@ -73,11 +70,9 @@ class MicroVMEngine:
         self._num_reserved = 0
         self._snapshots: dict[str, tuple[Snapshot, Stock]] = {}
         self._stock_of: dict[str, Stock] = {}
-        self._limits = VmmLimits(config)
-        self._room = Room(
-            lambda: list(self._sandboxes.values()), config.memory_reserve_mib << 20, config.hibernate_after_s
+        self._reviver = Reviver(
+            config, self._cache, self._timings, self.in_thread, lambda: list(self._sandboxes.values())
         )
-        self._retiring: set[asyncio.Task[None]] = set()
         self._names = itertools.count()
         self._prefix = secrets.token_hex(4)
         self._is_closed = False
@@ -85,7 +80,7 @@ class MicroVMEngine:
     @property
     def capabilities(self) -> Capabilities:
         """See `Engine.capabilities`."""
-        return self._stocks.capabilities(self._limits.names)
+        return self._stocks.capabilities(self._reviver.limits)
 
     @property
     def timings(self) -> PhaseTimings:
@@ -230,81 +225,16 @@ class MicroVMEngine:
         return _checkpoint(checkpoint_id, sandbox.parent_id, snapshot, stock)
 
     async def revive(self, sandbox: MicroVMSandbox, snapshot: Snapshot, randomness: Randomness) -> Waking:
-        """Restores a snapshot under a sandbox's identity.
+        """Restores a snapshot under a sandbox's identity; see `Reviver.revive`."""
+        return await self._reviver.revive(sandbox, self._stock_of[sandbox.id], snapshot, randomness)
 
-        Raises:
-            CapacityError: There is no memory for it.
-            ForkError: No VMM could be started or took the state, or the guest did not confirm its handshake.
-        """
-        async with self._room.for_one():
-            return await self._revive(sandbox, self._stock_of[sandbox.id], snapshot, randomness)
-
-    async def _revive(
-        self, sandbox: MicroVMSandbox, stock: Stock, snapshot: Snapshot, randomness: Randomness
-    ) -> Waking:
-        with self._timed("start"):
-            ready = await stock.pool.take()
-        if not ready.vmm.is_dormant:
-            try:
-                with self._timed("rewind"):
-                    return await self._shake_hands(sandbox, stock, ready, snapshot, randomness)
-            except ForkError:  # whatever its earlier life left in it: a new one has none
-                with self._timed("start"):
-                    ready = await stock.pool.take(dormant=True)
-        with self._timed("restore"):
-            return await self._shake_hands(sandbox, stock, ready, snapshot, randomness)
-
-    async def _shake_hands(
-        self,
-        sandbox: MicroVMSandbox,
-        stock: Stock,
-        ready: Ready,
-        snapshot: Snapshot,
-        randomness: Randomness,
-    ) -> Waking:
-        """Makes a waiting VMM into a snapshot that has confirmed its handshake; kills it if that fails."""
-        vmm, timeout_s = ready.vmm, self._config.fork_timeout_s
-        try:
-            self._limits.put_on(vmm)
-            await self.in_thread(lambda: become(ready, snapshot, self._cache, stock.pages, timeout_s))
-            client = await GuestClient.connect(vmm.channel.dup())
-        except BaseException:
-            vmm.kill()
-            raise
-        try:
-            with self._timed("handshake"):
-                sandbox.generation += 1
-                await client.hello(sandbox.generation, randomness, hostname=sandbox.id, timeout_s=timeout_s)
-        except BaseException as error:
-            vmm.kill()
-            await asyncio.shield(client.close())
-            if isinstance(error, RolloutError):
-                raise ForkError(
-                    f"a clone did not confirm its handshake: {error.message}", retryable=True
-                ) from error
-            raise
-        return Waking(vmm, client)
+    async def make_room(self) -> None:
+        """Waits for memory for a machine that goes on; see `Room.to_grow`."""
+        await self._reviver.room.to_grow()
 
     async def release(self, sandbox: MicroVMSandbox, waking: Waking, content: Snapshot | None) -> None:
         """Keeps the VMM of a dying sandbox for the next one, if it can be put back."""
-        stock = self._stock_of.get(sandbox.id)
-        await waking.client.close()
-        if self._is_closed or stock is None or not self._config.reuse_vmms:
-            waking.vmm.kill()
-            return
-        retiring = asyncio.create_task(self._retire(stock, Ready(waking.vmm, content)))
-        self._retiring.add(retiring)
-        retiring.add_done_callback(self._retiring.discard)
-
-    async def _retire(self, stock: Stock, ready: Ready) -> None:
-        try:
-            can_go_back = await self.in_thread(lambda: ready.vmm.retire(self._config.fork_timeout_s))
-        except (CheckpointError, OSError):  # it has ended, or will now
-            can_go_back = False
-        if can_go_back:
-            stock.pool.give_back(ready)
-        else:
-            ready.vmm.kill()
+        await self._reviver.release(self._stock_of.get(sandbox.id), waking, content)
 
     def forget(self, sandbox: MicroVMSandbox) -> None:
         """A sandbox is dead."""
@@ -377,13 +307,11 @@ class MicroVMEngine:
             raise BootError("the engine has been closed")
 
     async def _close(self) -> None:
-        await self._room.close()
         for sandbox in list(self._sandboxes.values()):
             await sandbox.kill()
-        if self._retiring:
-            await asyncio.wait(self._retiring)
+        await self._reviver.stop()
         await self._stocks.close()
-        self._limits.close()
+        self._reviver.close()
         self._snapshots.clear()
         self._workers.shutdown(wait=True)
 

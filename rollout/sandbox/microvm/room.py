@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +25,8 @@ __all__ = ["MACHINE_BYTES", "Idler", "Room", "available_bytes", "choose"]
 MACHINE_BYTES = 32 << 20
 """What one more machine is counted with, before it has grown to its size."""
 _LOOK_S = 1.0
+_STALE_S = 0.05
+_PATIENCE_S, _RETRY_S = 10.0, 0.05
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -91,6 +95,7 @@ class Room:
         self._num_coming = 0
         self._making = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
+        self._looked_at_s, self._seen_bytes = -math.inf, 0
 
     @asynccontextmanager
     async def for_one(self) -> AsyncGenerator[None]:
@@ -109,6 +114,19 @@ class Room:
         finally:
             self._num_coming -= 1
 
+    async def to_grow(self) -> None:
+        """Waits, if memory is short, until there is some for a machine that goes on: it will need more.
+
+        Raises:
+            CapacityError: There is none, and nobody left who could hibernate.
+        """
+        now_s = time.monotonic()
+        if now_s - self._looked_at_s > _STALE_S:
+            self._looked_at_s, self._seen_bytes = now_s, self._available()
+        if self._seen_bytes < self._reserve_bytes:
+            async with self._making:
+                await self._make(self._num_coming)
+
     async def close(self) -> None:
         """Ends the watch. Idempotent."""
         if self._watch is not None:
@@ -116,15 +134,22 @@ class Room:
             await asyncio.wait([self._watch])
 
     async def _make(self, num_machines: int) -> None:
+        """Hibernates until there is memory; where nobody is idle, waits for a while for somebody to be."""
+        give_up_at_s = time.monotonic() + _PATIENCE_S
         while (short := self._num_short(num_machines)) > 0:
             chosen = choose(self._idlers(), asyncio.get_running_loop().time(), None, short)
-            if not await _hibernate_all(chosen):
-                break
-        if (free := self._available()) < MACHINE_BYTES:
-            raise CapacityError(
-                f"no memory for one more machine: {free >> 20} MiB are available, and no sandbox is idle",
-                retryable=True,
-            )
+            if await _hibernate_all(chosen):
+                continue
+            free_bytes = self._available()
+            if free_bytes >= max(MACHINE_BYTES, self._reserve_bytes // 2):
+                return  # less than wished for, and enough
+            if time.monotonic() > give_up_at_s:
+                raise CapacityError(
+                    f"no memory for one more machine: {free_bytes >> 20} MiB are available, and no sandbox "
+                    "is idle",
+                    retryable=True,
+                )
+            await asyncio.sleep(_RETRY_S)
 
     async def _keep_watch(self) -> None:
         while True:

@@ -64,6 +64,10 @@ class Owner(Protocol):
         """The sandbox is dead."""
         ...
 
+    async def make_room(self) -> None:
+        """Waits for memory for a machine that goes on."""
+        ...
+
     async def release(self, sandbox: MicroVMSandbox, waking: Waking, content: Snapshot | None) -> None:
         """Takes the machine of a dying sandbox, for another use; nothing else uses it any more."""
         ...
@@ -282,6 +286,7 @@ class MicroVMSandbox(GuestCommands):
             self._require_alive()
             waking = await self._bring_back()
             if self._is_parked:
+                await self._owner.make_room()
                 await self._resume(waking)
             self._in_flight += 1
             self._idle.clear()

@@ -110,8 +110,11 @@ class Spawner:
         self._num_spawned = 0
         self._is_root = os.geteuid() == 0
         files = _files_of(programs)  # refused before anything is made
-        self._nodes = tempfile.TemporaryDirectory(prefix="rollout-nodes-")
-        nodes = _own_nodes(devices, Path(self._nodes.name)) if self._is_root else {d: d for d in devices}
+        self._nodes: tempfile.TemporaryDirectory[str] | None = None
+        nodes = {device: device for device in devices}
+        if self._is_root and devices:
+            self._nodes = tempfile.TemporaryDirectory(prefix="rollout-nodes-")
+            nodes = _own_nodes(devices, Path(self._nodes.name))
         wall = _wall(_view(read_only, nodes, files), as_root=self._is_root)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -166,6 +169,7 @@ class Spawner:
             os.close(log_fd)
             reason = json.loads(reply)["error"] if reply else self._last_words()
             raise BootError(f"cannot start a VMM: {reason}", retryable=True)
+        self._remove_nodes()  # the launcher runs, so they are mounted, and nothing is left if we are killed
         return Child(_pid_of(pidfds[0]), pidfds[0], log_fd)
 
     def close(self) -> None:
@@ -177,7 +181,12 @@ class Spawner:
             self._process.kill()
             self._process.wait()
         self._log.close()
-        self._nodes.cleanup()
+        self._remove_nodes()
+
+    def _remove_nodes(self) -> None:
+        nodes, self._nodes = self._nodes, None
+        if nodes is not None:
+            nodes.cleanup()
 
     def _last_words(self) -> str:
         self._log.seek(0)
