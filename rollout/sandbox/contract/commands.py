@@ -146,12 +146,14 @@ async def check_signals(engine: Engine) -> None:
     await error_of(sandbox.call("signal", command=polite.number, signal=15), GuestError)
     for end in ("kill", "limit"):
         script = f"trap '' TERM; (trap '' TERM; while true; do echo x >> {end}; sleep 0.1; done) & wait"
-        stubborn = await sandbox.spawn(["sh", "-c", script], timeout_s=1.0 if end == "limit" else None)
+        stubborn = await sandbox.spawn(["sh", "-c", script], timeout_s=3.0 if end == "limit" else None)
+        while (await sandbox.exec(["test", "-s", end])).exit_code != 0:
+            require([each.pid for each in await sandbox.commands()] == [stubborn.pid], "it is told of")
         if end == "kill":
             await stubborn.signal(signal.SIGTERM)
-            require([each.pid for each in await sandbox.commands()] == [stubborn.pid], "it is told of")
-            while (await sandbox.exec(["test", "-s", end])).exit_code != 0:
-                pass
+            size = len(await sandbox.read_file(end))
+            while len(await sandbox.read_file(end)) == size:
+                require(len(await sandbox.commands()) == 1, "what ignores a signal goes on")
             await stubborn.kill()
         result = await stubborn.wait()
         require(result.exit_code == -9 and result.timed_out == (end == "limit"), "it is killed")
