@@ -1,4 +1,4 @@
-"""Commands that go on while the host does other things, and folders that go in and out.
+"""Commands that go on while the host does other things.
 
 A command that was spawned belongs to its sandbox, not to who started it: nobody need listen. As long as
 somebody does (`Command.output`, `Command.wait`), the sandbox cannot be saved, because a clone would go on
@@ -13,19 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import posixpath
 import signal
-import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import IO, Final, Literal
+from typing import Final, Literal
 
 from rollout.errors import GuestError, RolloutError
-from rollout.sandbox import archives
 from rollout.sandbox.client import GuestClient, exec_result
 from rollout.types import ExecResult, Value
 
@@ -34,16 +30,16 @@ __all__ = ["Chunk", "Command", "GuestCommands", "has_running_commands"]
 DEFAULT_MAX_OUTPUT_BYTES: Final = 1 << 20
 MAX_KEPT_BYTES: Final = 24 << 20
 """Most of each output that a guest keeps of a command."""
+PART_BYTES: Final = 4 << 20
+"""Most input in one request."""
 MAX_UNHEARD_BYTES: Final = 16 << 20
 """Most output that the host holds for a listener that does not take it."""
 _CHUNK_OVERHEAD_BYTES = 256
-_PART_BYTES = 4 << 20
 _REQUEST_TIMEOUT_S = 60.0
 _GRACE_S = 5.0
 _HEARTBEAT_S = 10.0
 _NO_LIMIT_S = 1e9
 _FULL_INPUT_POLL_S = 0.02
-_MAX_COMPLAINT_BYTES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +144,9 @@ class Command:
         Raises:
             GuestError: It was spawned without open input, has closed it or ended; or the sandbox has ended.
         """
-        for offset in range(0, max(1, len(data)), _PART_BYTES):
-            part = data[offset : offset + _PART_BYTES]
-            is_last = offset + _PART_BYTES >= len(data)
+        for offset in range(0, max(1, len(data)), PART_BYTES):
+            part = data[offset : offset + PART_BYTES]
+            is_last = offset + PART_BYTES >= len(data)
             await self._write_part(part, close=close and is_last)
 
     async def _write_part(self, part: bytes, *, close: bool) -> None:
@@ -216,7 +212,7 @@ class Command:
 
 
 class GuestCommands(ABC):
-    """What sandboxes with a guest agent share: background commands and folders."""
+    """What sandboxes with a guest agent share."""
 
     @abstractmethod
     def using(self) -> AbstractAsyncContextManager[GuestClient]:
@@ -278,72 +274,6 @@ class GuestCommands(ABC):
             self.expect_background()
         return [Command(self, number, pid, argv) for number, pid, argv, _ in found]
 
-    async def upload(
-        self, source: Path, path: str, *, timeout_s: float = 600.0, max_bytes: int = archives.MAX_BYTES
-    ) -> None:
-        """Copies a file or folder of the host into the sandbox; see `Sandbox.upload`."""
-        is_folder = await asyncio.to_thread(source.is_dir)
-        parent, name = (path, ".") if is_folder else _split(path)
-        with tempfile.TemporaryFile() as archive:
-            await asyncio.to_thread(archives.pack, source, name, archive, max_bytes=max_bytes)
-            await self._run(["mkdir", "-p", "--", parent], f"cannot upload to {path!r}")
-            archive.seek(0)
-            tar = ["tar", "-x", "-p", "-o", "-f", "-", "-C", parent]
-            command = await self.spawn(tar, keep_stdin_open=True, timeout_s=timeout_s)
-            try:
-                await _feed(command, archive)
-                result = await command.wait()
-            except BaseException:
-                await asyncio.shield(_end(command))
-                raise
-        _require_success(result, f"cannot upload to {path!r}")
-
-    async def download(
-        self,
-        path: str,
-        target: Path,
-        *,
-        timeout_s: float = 600.0,
-        max_bytes: int = archives.MAX_BYTES,
-        max_entries: int = archives.MAX_ENTRIES,
-    ) -> None:
-        """Copies a file or folder of the sandbox to the host; see `Sandbox.download`."""
-        parent, name = _split(path)
-        member = name if name == "." else f"./{name}"
-        with tempfile.TemporaryFile() as archive:
-            complaints = bytearray()
-            is_full = asyncio.Event()
-
-            def take(chunk: Chunk) -> None:
-                if chunk.stream == "stderr":
-                    complaints.extend(chunk.data[: _MAX_COMPLAINT_BYTES - len(complaints)])
-                elif archive.tell() + len(chunk.data) > max_bytes:
-                    is_full.set()
-                else:
-                    archive.write(chunk.data)
-
-            tar = ["tar", "-c", "-f", "-", "-C", parent, member]
-            command = await self.spawn(tar, timeout_s=timeout_s)
-            guard = asyncio.create_task(_kill_when(is_full, command))
-            try:
-                result = await command.hear(take)
-            finally:
-                guard.cancel()
-                await asyncio.wait([guard])
-            if is_full.is_set():
-                raise GuestError(f"cannot download {path!r}: it is longer than {max_bytes} bytes")
-            _require_success(replace(result, stderr=bytes(complaints)), f"cannot download {path!r}")
-            try:
-                await asyncio.to_thread(
-                    archives.unpack, archive, name, target, max_bytes=max_bytes, max_entries=max_entries
-                )
-            except GuestError as error:
-                raise GuestError(f"cannot download {path!r}: {error.message}") from error
-
-    async def _run(self, argv: Sequence[str], context: str) -> None:
-        async with self.using() as client:
-            _require_success(await client.exec(argv), context)
-
 
 async def has_running_commands(client: GuestClient, timeout_s: float) -> bool:
     """Whether a command of the guest runs.
@@ -374,26 +304,6 @@ async def _keep_asking(client: GuestClient) -> None:
             await client.call("ping", timeout_s=_REQUEST_TIMEOUT_S)
 
 
-async def _kill_when(event: asyncio.Event, command: Command) -> None:
-    await event.wait()
-    with contextlib.suppress(GuestError):  # it has ended meanwhile
-        await command.kill()
-
-
-async def _feed(command: Command, archive: IO[bytes]) -> None:
-    """Gives a command all of a file; a command that takes no more says why when it is waited for."""
-    with contextlib.suppress(GuestError):
-        while part := archive.read(_PART_BYTES):
-            await command.write(part)
-        await command.write(b"", close=True)
-
-
-async def _end(command: Command) -> None:
-    with contextlib.suppress(GuestError):  # then the sandbox has ended, or the command has
-        await command.kill()
-        await command.wait()
-
-
 def _on_event(listener: Callable[[Chunk], None]) -> Callable[[Value], None]:
     return lambda value: listener(_chunk(value))
 
@@ -406,23 +316,3 @@ def _chunk(value: Value) -> Chunk:
             return Chunk("stderr", data)
         case _:
             raise GuestError("an event that is no output")
-
-
-def _split(path: str) -> tuple[str, str]:
-    """The folder that a path lies in and its name there; `.` for a folder that has none."""
-    if not path or "\0" in path:
-        raise GuestError(f"{path!r} is not a path")
-    parent, name = posixpath.split(posixpath.normpath(path))
-    return (path, ".") if name in ("", ".", "..") else (parent or ".", name)
-
-
-def _require_success(result: ExecResult, context: str) -> None:
-    if result.exit_code:
-        reason = "it took too long" if result.timed_out else _complaint(result.stderr)
-        raise GuestError(f"{context}: {reason or f'exit code {result.exit_code}'}")
-
-
-def _complaint(stderr: bytes) -> str:
-    """The first line, which may be anything, made printable."""
-    line = stderr[:_MAX_COMPLAINT_BYTES].decode(errors="replace").strip().split("\n")[0]
-    return "".join(char if char.isprintable() else "?" for char in line)

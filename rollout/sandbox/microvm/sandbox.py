@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 from rollout.errors import CheckpointError, GuestError, RolloutError
 from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint, PhaseTimings
 from rollout.sandbox.client import GuestClient
-from rollout.sandbox.commands import GuestCommands, has_running_commands
+from rollout.sandbox.commands import has_running_commands
+from rollout.sandbox.folders import GuestFolders
 from rollout.sandbox.microvm.snapshot import Snapshot
 from rollout.sandbox.microvm.vmm import Vmm
 from rollout.types import ExecResult, Randomness, RngPolicy, Value
@@ -81,7 +82,7 @@ class Waking:
     client: GuestClient
 
 
-class MicroVMSandbox(GuestCommands):
+class MicroVMSandbox(GuestFolders):
     """A live microVM. Made by `MicroVMEngine`.
 
     Attributes:

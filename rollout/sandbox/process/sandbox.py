@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 from rollout.errors import CheckpointError, EnvError, ForkError, GuestError, RolloutError
 from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint
 from rollout.sandbox.client import GuestClient
-from rollout.sandbox.commands import GuestCommands
+from rollout.sandbox.folders import GuestFolders
 from rollout.sandbox.process.gate import Gate
 from rollout.types import ExecResult, Randomness, RngPolicy, Value
 
@@ -29,7 +29,7 @@ _KILL_GRACE_S = 3.0
 _CONTINUATION = Randomness(RngPolicy.INHERIT)
 
 
-class ProcessSandbox(GuestCommands):
+class ProcessSandbox(GuestFolders):
     """One sandbox; made by `ProcessEngine`.
 
     Args:
