@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from rollout.errors import RolloutError
 from rollout.sandbox.base import Capabilities, Checkpoint, Engine, PhaseTimings, Sandbox
+from rollout.sandbox.commands import Command
 from rollout.trajectory.rows import Trajectory
 from rollout.types import ExecResult, Randomness, Value
 
@@ -168,6 +170,52 @@ class FaultySandbox:
     async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         """See `Sandbox.write_file`."""
         await self._sandbox.write_file(path, data, mode=mode)
+
+    async def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        keep_stdin_open: bool = False,
+        timeout_s: float | None = None,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        max_output_bytes: int = 1 << 20,
+    ) -> Command:
+        """See `Sandbox.spawn`."""
+        return await self._sandbox.spawn(
+            argv,
+            stdin=stdin,
+            keep_stdin_open=keep_stdin_open,
+            timeout_s=timeout_s,
+            cwd=cwd,
+            env=env,
+            max_output_bytes=max_output_bytes,
+        )
+
+    async def commands(self) -> Sequence[Command]:
+        """See `Sandbox.commands`."""
+        return await self._sandbox.commands()
+
+    async def upload(
+        self, source: Path, path: str, *, timeout_s: float = 600.0, max_bytes: int = 1 << 30
+    ) -> None:
+        """See `Sandbox.upload`."""
+        await self._sandbox.upload(source, path, timeout_s=timeout_s, max_bytes=max_bytes)
+
+    async def download(
+        self,
+        path: str,
+        target: Path,
+        *,
+        timeout_s: float = 600.0,
+        max_bytes: int = 1 << 30,
+        max_entries: int = 100_000,
+    ) -> None:
+        """See `Sandbox.download`."""
+        await self._sandbox.download(
+            path, target, timeout_s=timeout_s, max_bytes=max_bytes, max_entries=max_entries
+        )
 
     async def call(self, op: str, /, *, timeout_s: float = 60.0, **args: Value) -> Value:
         """See `Sandbox.call`; the operation is the phase."""

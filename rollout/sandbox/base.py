@@ -14,10 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from rollout.types import ExecResult, Randomness, Value
+
+if TYPE_CHECKING:
+    from rollout.sandbox.commands import Command
 
 __all__ = ["Capabilities", "Checkpoint", "Engine", "PhaseTimings", "Sandbox"]
 
@@ -60,6 +64,7 @@ class Capabilities:
         survives_host_restart: True when a checkpoint can be restored by another process.
         synchronous: True when its methods never suspend: they gain nothing from concurrency, and no deadline
             can interrupt them.
+        background_commands: True when commands can be spawned: heard, signalled and fed while they run.
         limits: Limits that are enforced, by name ("memory", "pids", "cpu", ...).
         notes: Caveats, one line each.
     """
@@ -71,6 +76,7 @@ class Capabilities:
     isolates_files: bool
     survives_host_restart: bool
     synchronous: bool = False
+    background_commands: bool = True
     limits: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -141,6 +147,84 @@ class Sandbox(Protocol):
 
         Raises:
             GuestError: The file cannot be written; the sandbox stays usable.
+        """
+        ...
+
+    async def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        keep_stdin_open: bool = False,
+        timeout_s: float | None = None,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
+    ) -> Command:
+        """Starts a command and leaves it running in a process group of its own.
+
+        Args:
+            argv: The program and its arguments.
+            stdin: Input to begin with.
+            keep_stdin_open: More follows, by `Command.write`.
+            timeout_s: Seconds of guest time until its whole process group is killed; None is never.
+            cwd: Where it starts.
+            env: Added to the environment.
+            max_output_bytes: How much of each output is kept until somebody listens.
+
+        Raises:
+            GuestError: It cannot be started, the engine has no background commands, or the guest is gone.
+        """
+        ...
+
+    async def commands(self) -> Sequence[Command]:
+        """The commands that nobody has waited for, those that a clone has from its checkpoint included.
+
+        A clone whose commands should go on between requests needs to be asked for them.
+
+        Raises:
+            GuestError: The guest is gone, late or answers garbage.
+        """
+        ...
+
+    async def upload(
+        self, source: Path, path: str, *, timeout_s: float = 600.0, max_bytes: int = 1 << 30
+    ) -> None:
+        """Copies a file or folder of the host to `path`; permission bits and links are kept.
+
+        A folder's content joins a folder that is there. Links below `source` are not followed. Needs `tar`
+        in the sandbox.
+
+        Raises:
+            GuestError: The source is missing, unreadable, longer than `max_bytes` or holds something that is
+                neither folder, file nor link; or it cannot be written (a part may have been).
+        """
+        ...
+
+    async def download(
+        self,
+        path: str,
+        target: Path,
+        *,
+        timeout_s: float = 600.0,
+        max_bytes: int = 1 << 30,
+        max_entries: int = 100_000,
+    ) -> None:
+        """Copies a file or folder of the sandbox to `target` on the host, whole or not at all.
+
+        Permission bits and links are kept; the sandbox is not trusted: a name or a link that leads out of
+        what was asked for is refused, and so is more than the given bytes or entries. Needs `tar` in the
+        sandbox.
+
+        Args:
+            path: A file or a folder.
+            target: Missing, or an empty folder for a folder; its parents are made.
+            timeout_s: Seconds until the transfer is given up.
+            max_bytes: Most bytes that come.
+            max_entries: Most files, folders and links.
+
+        Raises:
+            GuestError: It is missing, unreadable, refused as above, or the target cannot be made.
         """
         ...
 

@@ -26,7 +26,7 @@ from rollout.errors import EnvError, GuestError
 from rollout.sandbox.wire import MAX_FRAME_BYTES, FrameDecoder, frame
 from rollout.types import ExecResult, Randomness, Value
 
-__all__ = ["GuestClient"]
+__all__ = ["GuestClient", "exec_result"]
 
 PROTOCOL: Final = 1
 MAX_FILE_BYTES: Final = 1 << 30
@@ -177,20 +177,10 @@ class GuestClient(asyncio.Protocol):
             "max_output_bytes": max_output_bytes,
         }
         reply = await self.call("exec", args, timeout_s=timeout_s + _EXEC_GRACE_S)
-        match reply:
-            case {
-                "exit_code": int(exit_code),
-                "stdout": bytes(stdout),
-                "stderr": bytes(stderr),
-                "stdout_truncated": bool(stdout_truncated),
-                "stderr_truncated": bool(stderr_truncated),
-                "timed_out": bool(timed_out),
-                "duration_s": float(duration_s),
-            } if max(len(stdout), len(stderr)) <= max_output_bytes:
-                flags = (stdout_truncated, stderr_truncated, timed_out)
-                return ExecResult(exit_code, stdout, stderr, *flags, duration_s)
-            case _:
-                raise self.fail(GuestError(f"the guest answered exec with garbage: {_short(reply)}"))
+        result = exec_result(reply, max_output_bytes)
+        if result is None:
+            raise self.fail(GuestError(f"the guest answered exec with garbage: {_short(reply)}"))
+        return result
 
     async def read_file(
         self, path: str, *, timeout_s: float = 60.0, max_bytes: int = MAX_FILE_BYTES
@@ -334,6 +324,24 @@ class GuestClient(asyncio.Protocol):
     def _expect(self, call_id: int) -> None:
         if call_id not in self._pending and call_id not in self._abandoned:
             raise GuestError(f"an answer to call {call_id}, which nobody made")
+
+
+def exec_result(reply: Value, max_output_bytes: int) -> ExecResult | None:
+    """What a guest says of an ended command; None if that is garbage."""
+    match reply:
+        case {
+            "exit_code": int(exit_code),
+            "stdout": bytes(stdout),
+            "stderr": bytes(stderr),
+            "stdout_truncated": bool(stdout_truncated),
+            "stderr_truncated": bool(stderr_truncated),
+            "timed_out": bool(timed_out),
+            "duration_s": float(duration_s),
+        } if max(len(stdout), len(stderr)) <= max_output_bytes:
+            flags = (stdout_truncated, stderr_truncated, timed_out)
+            return ExecResult(exit_code, stdout, stderr, *flags, duration_s)
+        case _:
+            return None
 
 
 def _again(error: GuestError) -> GuestError:

@@ -47,13 +47,14 @@ _CAPABILITIES: Final = Capabilities(
     isolates_files=False,
     survives_host_restart=False,
     synchronous=True,
+    background_commands=False,
     notes=(
         "a checkpoint relies on pickling or copy.deepcopy; each environment's copies are tested against the "
         "original before its first checkpoint",
         "an environment's own files and module-level state are shared by all sandboxes",
         "read_file, write_file and the start folder of exec are private and fork with a checkpoint; commands "
         "see the host's other files",
-        "what a command leaves in the background is killed when it ends",
+        "what a command leaves in the background is killed when it ends, and none can be spawned there",
     ),
 )
 

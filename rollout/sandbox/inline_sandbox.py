@@ -7,6 +7,7 @@ import contextlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
@@ -19,6 +20,7 @@ from rollout.sandbox.guest_ops import ENV_OPERATIONS
 from rollout.sandbox.inline_copy import COPIERS, Saved
 from rollout.sandbox.inline_fidelity import Recipe, Trust
 from rollout.sandbox.inline_files import FrozenFolder, PrivateFolder, ScratchFolder, run_command
+from rollout.sandbox.inline_transfers import FolderTransfers
 from rollout.types import ExecResult, Value
 
 __all__ = ["InlineOwner", "InlineSandbox", "Record", "load_state"]
@@ -68,7 +70,7 @@ class InlineOwner(Protocol):
         ...
 
 
-class InlineSandbox:
+class InlineSandbox(FolderTransfers):
     """One environment and its private folder; made by `InlineEngine`."""
 
     __slots__ = (
@@ -322,6 +324,11 @@ class InlineSandbox:
             return copier.save(self._env.state)
         except Exception as error:  # environments and what they hold raise anything when they are copied
             raise CheckpointError.wrap(error, f"the environment cannot be copied by {copier.name}") from error
+
+    def place(self, path: str) -> Path:
+        """See `FolderTransfers.place`."""
+        self._wake()
+        return self._files().resolve(path)
 
     def _files(self) -> PrivateFolder:
         if self._folder is None:

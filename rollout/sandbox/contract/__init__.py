@@ -5,8 +5,8 @@
             await check(engine)
 
 Each check gets a fresh engine, boots what it needs, and raises `ContractViolation` (an `AssertionError`) that
-says what was promised. The sandboxes need Python with gymnasium, a POSIX shell and the usual small programs.
-Paths are relative: where a sandbox's private files lie is the engine's affair.
+says what was promised. The sandboxes need Python with gymnasium, a POSIX shell and the usual small
+programs, tar among them. Paths are relative: where a sandbox's private files lie is the engine's affair.
 
 Not checked: walls, limits, speed, what is left behind after `close` (that needs a look from outside), and
 behaviour under faults.
@@ -34,6 +34,10 @@ CHECKS: Final[tuple[Check, ...]] = (
     commands.check_exec_output_limit,
     commands.check_cancelled_exec,
     commands.check_files,
+    commands.check_background_commands,
+    commands.check_signals,
+    commands.check_saved_commands,
+    commands.check_folders,
     episodes.check_calls,
     episodes.check_arrays,
     episodes.check_seeded,

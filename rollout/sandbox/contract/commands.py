@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import tempfile
+from contextlib import aclosing
+from pathlib import Path
 
-from rollout.errors import GuestError
+from rollout.errors import CheckpointError, GuestError
 from rollout.sandbox.base import Engine
 from rollout.sandbox.contract.tools import (
     IMAGE,
@@ -93,4 +97,122 @@ async def check_files(engine: Engine) -> None:
     await error_of(sandbox.read_file("no/such/file"), GuestError)
     await error_of(sandbox.read_file("deep"), GuestError)
     await error_of(sandbox.write_file("run.sh/below", b""), GuestError)
+    require(await sandbox.call("ping") is None, "the sandbox stays usable")
+
+
+async def check_background_commands(engine: Engine) -> None:
+    """A spawned command is heard while it runs, fed, signalled and waited for, where there are such."""
+    sandbox = await engine.boot(IMAGE)
+    if not engine.capabilities.background_commands:
+        await error_of(sandbox.spawn(["true"]), GuestError)
+        require(await sandbox.commands() == [], "who has no background commands has none to tell of")
+        return
+    script = 'echo "$WHO"; pwd >&2; while read line; do echo "got $line"; done; exit 7'
+    await sandbox.write_file("folder/file", b"")
+    echo = await sandbox.spawn(["sh", "-c", script], cwd="folder", env={"WHO": "me"}, keep_stdin_open=True)
+    heard = {"stdout": b"", "stderr": b""}
+    async with aclosing(echo.output()) as output:
+        async for chunk in output:
+            heard[chunk.stream] += chunk.data
+            if chunk.stream == "stderr":
+                continue
+            if heard["stdout"] == b"me\n":
+                require((await sandbox.exec(["echo", "meanwhile"])).exit_code == 0, "others run beside it")
+                await echo.write(b"one\n")
+            elif heard["stdout"] == b"me\ngot one\n":
+                await echo.write(b"two\n", close=True)
+    require(heard["stdout"] == b"me\ngot one\ngot two\n", "output comes while it runs, in answer to input")
+    require(heard["stderr"].endswith(b"folder\n"), "each output by its name, from the folder given")
+    result = await echo.wait()
+    require(result.exit_code == 7 and result.stdout == b"", "the result tells what was not heard before")
+    await error_of(echo.write(b"late"), GuestError)
+    require(await sandbox.commands() == [], "what has been waited for is forgotten")
+    await error_of(sandbox.spawn(["no-such-program"]), GuestError)
+    await error_of(sandbox.spawn(["true"], cwd="no/such/folder"), GuestError)
+
+
+async def check_signals(engine: Engine) -> None:
+    """A signal reaches the whole process group; so does the end at the time limit, whoever ignores what."""
+    if not engine.capabilities.background_commands:
+        return
+    sandbox = await engine.boot(IMAGE)
+    script = 'trap "echo caught; exit 3" TERM; echo ready; while true; do sleep 0.1; done'
+    polite = await sandbox.spawn(["sh", "-c", script])
+    async for chunk in polite.output():
+        if b"ready" in chunk.data:
+            await polite.signal(signal.SIGTERM)
+    require((await polite.wait()).exit_code == 3, "a signal is the command's to handle")
+    await polite.signal(signal.SIGTERM)
+    await error_of(sandbox.call("signal", command=polite.number, signal=15), GuestError)
+    for end in ("kill", "limit"):
+        script = f"trap '' TERM; (trap '' TERM; while true; do echo x >> {end}; sleep 0.1; done) & wait"
+        stubborn = await sandbox.spawn(["sh", "-c", script], timeout_s=3.0 if end == "limit" else None)
+        while (await sandbox.exec(["test", "-s", end])).exit_code != 0:
+            require([each.pid for each in await sandbox.commands()] == [stubborn.pid], "it is told of")
+        if end == "kill":
+            await stubborn.signal(signal.SIGTERM)
+            size = len(await sandbox.read_file(end))
+            while len(await sandbox.read_file(end)) == size:
+                require(len(await sandbox.commands()) == 1, "what ignores a signal goes on")
+            await stubborn.kill()
+        result = await stubborn.wait()
+        require(result.exit_code == -9 and result.timed_out == (end == "limit"), "it is killed")
+        size = len(await sandbox.read_file(end))
+        await asyncio.sleep(0.5)
+        require(len(await sandbox.read_file(end)) == size, "its children are killed with it")
+
+
+async def check_saved_commands(engine: Engine) -> None:
+    """A clone goes on with the commands of its checkpoint, or the checkpoint is refused; never half."""
+    if not engine.capabilities.background_commands:
+        return
+    sandbox = await engine.boot(IMAGE)
+    command = await sandbox.spawn(["sh", "-c", "echo begun; read line; echo $line"], keep_stdin_open=True)
+    if not engine.capabilities.forks_background_processes:
+        await error_of(sandbox.checkpoint(), CheckpointError)
+    else:
+        [clone] = await engine.fork(await sandbox.checkpoint())
+        [inherited] = await clone.commands()
+        await inherited.write(b"clone\n")
+        require((await inherited.wait()).stdout == b"begun\nclone\n", "it goes on in the clone")
+    waiting = asyncio.ensure_future(command.wait())
+    await sandbox.call("ping")
+    await error_of(sandbox.checkpoint(), CheckpointError)
+    await command.write(b"original\n")
+    require((await waiting).stdout == b"begun\noriginal\n", "and in the original, on its own")
+    await sandbox.checkpoint()
+
+
+async def check_folders(engine: Engine) -> None:
+    """Folders and files go in and come out as they were; what is not there is an error and no more."""
+    sandbox = await engine.boot(IMAGE)
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "source", Path(scratch) / "new" / "target"
+        (source / "deep" / "er").mkdir(parents=True)
+        (source / "empty").mkdir(mode=0o750)
+        (source / "deep" / "er" / "data").write_bytes(bytes(range(256)) * 40_000)
+        (source / "run.sh").write_bytes(b"#!/bin/sh\necho ran\n")
+        (source / "run.sh").chmod(0o751)
+        (source / "link").symlink_to("deep/er/data")
+        await sandbox.upload(source, "in/folder")
+        ran = await sandbox.exec(["./run.sh"], cwd="in/folder")
+        require(ran.stdout == b"ran\n", "modes are kept on the way in")
+        await sandbox.write_file("in/folder/more", b"more")
+        await sandbox.upload(source / "run.sh", "in/folder/deep/copy")
+        await sandbox.download("in/folder", target)
+        same = (target / "deep" / "er" / "data").read_bytes() == bytes(range(256)) * 40_000
+        require(same and (target / "more").read_bytes() == b"more", "contents come back")
+        require((target / "link").readlink() == Path("deep/er/data"), "links stay links")
+        modes = [(target / name).stat().st_mode & 0o777 for name in ("run.sh", "empty", "deep/copy")]
+        require(modes == [0o751, 0o750, 0o751], "modes are kept on the way out")
+        await error_of(sandbox.download("in/folder", target), GuestError)
+        await error_of(sandbox.download("no/such/folder", target.parent / "none"), GuestError)
+        await error_of(sandbox.upload(source / "missing", "in/missing"), GuestError)
+        await error_of(sandbox.download("in/folder", target.parent / "long", max_bytes=1 << 20), GuestError)
+        await error_of(sandbox.download("in/folder", target.parent / "many", max_entries=3), GuestError)
+        await sandbox.exec(["ln", "-s", "../../..", "in/folder/out"])
+        await error_of(sandbox.download("in/folder", target.parent / "out"), GuestError)
+        await sandbox.download("in/folder/run.sh", target.parent / "file")
+        require((target.parent / "file").read_bytes().endswith(b"ran\n"), "a single file comes, too")
+        require(sorted(path.name for path in target.parent.iterdir()) == ["file", "target"], "nothing else")
     require(await sandbox.call("ping") is None, "the sandbox stays usable")

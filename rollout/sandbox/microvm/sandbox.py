@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
-from rollout.errors import GuestError, RolloutError
+from rollout.errors import CheckpointError, GuestError, RolloutError
 from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint, PhaseTimings
 from rollout.sandbox.client import GuestClient
+from rollout.sandbox.commands import has_running_commands
+from rollout.sandbox.folders import GuestFolders
 from rollout.sandbox.microvm.snapshot import Snapshot
 from rollout.sandbox.microvm.vmm import Vmm
 from rollout.types import ExecResult, Randomness, RngPolicy, Value
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["MicroVMSandbox", "Owner", "Waking"]
 
 T = TypeVar("T")
+_BACKGROUND_POLL_S = 0.5  # how soon after its last command has ended a machine is parked
 
 
 class Owner(Protocol):
@@ -79,7 +82,7 @@ class Waking:
     client: GuestClient
 
 
-class MicroVMSandbox:
+class MicroVMSandbox(GuestFolders):
     """A live microVM. Made by `MicroVMEngine`.
 
     Attributes:
@@ -111,7 +114,9 @@ class MicroVMSandbox:
         self._is_as_saved = False
         self._is_dead = False
         self._keeps_running = False
+        self._has_background = False
         self._in_flight = 0
+        self._num_listeners = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._changing = asyncio.Lock()
@@ -152,6 +157,29 @@ class MicroVMSandbox:
         """Whether it goes on between requests, so that background work gets CPU time; off at first."""
         self._keeps_running = keep
         self._plan_parking()
+
+    def expect_background(self) -> None:
+        """See `GuestCommands.expect_background`: it goes on between requests until no command runs."""
+        self._has_background = True
+
+    @property
+    def has_ended(self) -> bool:
+        """See `GuestCommands.has_ended`."""
+        return self._is_dead
+
+    def using(self) -> AbstractAsyncContextManager[GuestClient]:
+        """See `GuestCommands.using`."""
+        return self._awake()
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncGenerator[GuestClient]:
+        """See `GuestCommands.listening`."""
+        async with self._awake() as client:
+            self._num_listeners += 1
+            try:
+                yield client
+            finally:
+                self._num_listeners -= 1
 
     async def exec(
         self,
@@ -195,8 +223,9 @@ class MicroVMSandbox:
             if waking is None:
                 return self._owner.keep(self, self.origin)
             await self._save(waking)
-            if self._keeps_running:
+            if self._keeps_running or self._has_background:
                 await self._resume(waking)
+                self._plan_parking()
             return self._owner.keep(self, self.origin)
 
     async def hibernate(self) -> None:
@@ -278,6 +307,11 @@ class MicroVMSandbox:
     async def _quiet(self) -> AsyncGenerator[Waking | None]:
         """Keeps new requests out and waits for those in flight; None when the sandbox is hibernated."""
         async with self._changing:
+            if self._num_listeners:
+                raise CheckpointError(
+                    f"sandbox {self._id} cannot be saved while {self._num_listeners} of its commands are "
+                    "listened to: save it before `output` or `wait`, or when they have ended"
+                )
             await self._idle.wait()
             self._require_alive()
             yield self._waking
@@ -315,7 +349,8 @@ class MicroVMSandbox:
             self._park_timer = None
         if not self._keeps_running and not self._is_dead:
             loop = asyncio.get_running_loop()
-            self._park_timer = loop.call_later(self._park_after_s, self._begin_parking)
+            delay_s = max(self._park_after_s, _BACKGROUND_POLL_S if self._has_background else 0.0)
+            self._park_timer = loop.call_later(delay_s, self._begin_parking)
 
     def _begin_parking(self) -> None:
         self._park_timer = None
@@ -328,6 +363,11 @@ class MicroVMSandbox:
             if waking is None or self._is_dead or self._is_parked or self._in_flight or self._keeps_running:
                 return
             try:
+                if self._has_background:
+                    self._has_background = await has_running_commands(waking.client, self._call_timeout_s)
+                    if self._has_background:
+                        self._plan_parking()
+                        return
                 await self._owner.in_thread(lambda: waking.vmm.stop(self._call_timeout_s))
             except RolloutError:
                 await self.kill()  # the next request says that it is gone

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 from rollout.errors import CheckpointError, EnvError, ForkError, GuestError, RolloutError
 from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint
 from rollout.sandbox.client import GuestClient
+from rollout.sandbox.folders import GuestFolders
 from rollout.sandbox.process.gate import Gate
 from rollout.types import ExecResult, Randomness, RngPolicy, Value
 
@@ -28,7 +29,7 @@ _KILL_GRACE_S = 3.0
 _CONTINUATION = Randomness(RngPolicy.INHERIT)
 
 
-class ProcessSandbox:
+class ProcessSandbox(GuestFolders):
     """One sandbox; made by `ProcessEngine`.
 
     Args:
@@ -109,6 +110,30 @@ class ProcessSandbox:
         """Calls an operation of the guest agent; see `Sandbox.call`."""
         async with self._awake(op.removeprefix("env.")):
             return await self._client.call(op, args, timeout_s=timeout_s)
+
+    @asynccontextmanager
+    async def using(self) -> AsyncGenerator[GuestClient]:
+        """See `GuestCommands.using`."""
+        async with self._awake("commands"):
+            yield self._client
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncGenerator[GuestClient]:
+        """See `GuestCommands.listening`."""
+        async with self._awake("exec"):
+            self._num_commands += 1
+            try:
+                yield self._client
+            finally:
+                self._num_commands -= 1
+
+    def expect_background(self) -> None:
+        """See `GuestCommands.expect_background`: only what is saved here is stopped."""
+
+    @property
+    def has_ended(self) -> bool:
+        """See `GuestCommands.has_ended`."""
+        return self.is_dead
 
     async def checkpoint(self) -> Checkpoint:
         """Saves the sandbox; see `Sandbox.checkpoint`.
