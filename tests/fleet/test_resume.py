@@ -42,7 +42,7 @@ def rows(folder: Path, table: str) -> list[dict[str, Any]]:
     found = scan(folder, table).to_table().to_pylist()
     for row in found:
         row["sample"] = order[row["episode_id"]]
-        for name in (*ids, "started_at", "duration_s", "private_bytes"):
+        for name in (*ids, "fingerprint", "started_at", "duration_s", "private_bytes"):
             row.pop(name, None)
     return sorted(found, key=lambda row: (row["sample"], row.get("t", 0), row.get("node_id") or 0))
 
