@@ -126,7 +126,7 @@ class Command:
         Raises:
             GuestError: There is no such signal; the command has been waited for; or the sandbox has ended.
         """
-        if self._listening is not None and self._listening.done():
+        if self._has_result:
             return
         await self._sandbox.request("signal", command=self.number, signal=int(number))
 
@@ -158,6 +158,12 @@ class Command:
                 if not error.retryable or self._sandbox.has_ended:
                     raise
             await asyncio.sleep(_FULL_INPUT_POLL_S)
+
+    @property
+    def _has_result(self) -> bool:
+        listening = self._listening
+        is_over = listening is not None and listening.done() and not listening.cancelled()
+        return is_over and listening.exception() is None
 
     def _listen(self, *, stream: bool) -> asyncio.Task[ExecResult]:
         if self._listening is None:
