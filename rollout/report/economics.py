@@ -53,9 +53,8 @@ def _row(name: str, way: object) -> tuple[str, ...] | None:
     count, seconds, saved_s = cast("list[float]", numbers)
     if count < 1:
         return None
-    median_s = found.get("median_s")  # older runs lack it
-    if type(median_s) not in (int, float) or not math.isfinite(cast("float", median_s)):
-        median_s = 0.0
+    median = found.get("median_s")  # older runs lack it
+    median_s = float(median) if isinstance(median, int | float) and math.isfinite(median) else 0.0
     sign = "-" if saved_s < 0 else ""
     return (
         name,
