@@ -39,7 +39,7 @@ NUM_SAVED = 16
 NUM_PROBES = 4
 _NUM_TRIES = 16
 """Of each way, before medians are trusted."""
-_TRY_AGAIN_EVERY = 64
+_TRY_AGAIN_EVERY = 256
 """Costs drift, so the dearer way gets one choice in so many."""
 _PRIOR_NEEDED, _PRIOR_DEFERRED = 8, 16
 """What the share of states that are needed begins from: a half, as heavy as so many branches."""
@@ -130,7 +130,10 @@ class Deferral:
             return False
         account = self._accounts[has_playout]
         needed_share = (account.num_needed + _PRIOR_NEEDED) / (account.num_deferred + _PRIOR_DEFERRED)
-        deferred_s = account.deferred.value + min(1.0, needed_share) * self._again.value
+        later_s = min(1.0, needed_share) * self._again.value
+        if later_s > account.saved.value:  # what is made later costs more alone: nothing to find out
+            return False
+        deferred_s = account.deferred.value + later_s
         save = WayEstimate("save", account.saved.value, account.num_saved)
         defer = WayEstimate("defer", deferred_s, account.num_deferred)
         return choose_way([save, defer]) == "defer"
