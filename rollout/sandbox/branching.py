@@ -20,25 +20,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from rollout.branch import BranchJob, BranchResult, Lookahead, LookaheadResult, Opening
 from rollout.config import EngineConfig
 from rollout.env import Env, Task
-from rollout.errors import BootError, CheckpointError, ForkError, GuestError, RolloutError
+from rollout.errors import BootError, CheckpointError, RolloutError
 from rollout.sandbox.base import Checkpoint, Engine, Sandbox
+from rollout.sandbox.deferral import Deferral
 from rollout.sandbox.economics import Economics, WayCost
 from rollout.sandbox.holdings import Holdings
-from rollout.sandbox.jobs import by_checkpoint, with_finite_reward, with_finite_value
-from rollout.sandbox.lineage import OpeningOrigin, Origin, witness_of
+from rollout.sandbox.jobs import by_checkpoint, with_finite_value
+from rollout.sandbox.lineage import BranchOrigin, OpeningOrigin, Origin, witness_of
+from rollout.sandbox.phases import Phases
 from rollout.sandbox.slots import Slots
 from rollout.types import Failure, PlayoutResult, Randomness, Step, derive_seed
 
 __all__ = ["BrancherStats", "LocalBrancher"]
-
-T = TypeVar("T")
 
 _LONGEST_TURN_S = 0.05
 
@@ -92,7 +91,9 @@ class LocalBrancher:
         self._prepared: Checkpoint | None = None
         self._preparing = asyncio.Lock()
         self._branches = self._failed = 0
+        self._deferral = Deferral()
         self.economics = Economics()
+        self._phases = Phases(engine, env, self._limits, self.economics, clock)
 
     @property
     def stats(self) -> BrancherStats:
@@ -120,10 +121,10 @@ class LocalBrancher:
         async with self._preparing:
             if self._prepared is None:
                 boot = self._engine.boot(self._image)
-                sandbox = await self._within(self._limits.boot_timeout_s, BootError, "the boot", boot)
+                sandbox = await self._phases.within(self._limits.boot_timeout_s, BootError, "the boot", boot)
                 try:
-                    await self._call("making the environment", self._env.prepare(sandbox))
-                    self._prepared = await self._save(sandbox)
+                    await self._phases.call("making the environment", self._env.prepare(sandbox))
+                    self._prepared = await self._phases.save(sandbox)
                 finally:
                     await sandbox.kill()
             return self._prepared
@@ -207,81 +208,110 @@ class LocalBrancher:
         return await self._branch(job, sandboxes[0], start_s, made)
 
     async def _clone(self, checkpoint: Checkpoint, randomness: Sequence[Randomness]) -> Sequence[Sandbox]:
-        held = await self._holdings.pin(checkpoint)
+        held = await self._pin(checkpoint)
         try:
             start_s = self._clock()
-            fork = self._engine.fork(held, len(randomness), randomness=randomness)
-            clones = await self._within(self._limits.fork_timeout_s, ForkError, "a fork", fork)
+            clones = await self._phases.clone(held, randomness)
             num_steps = self._holdings.num_steps(checkpoint)
             self.economics.cloned(self._clock() - start_s, len(clones), num_steps)
             return clones
         finally:
             await self._holdings.unpin(held)
 
+    async def _pin(self, checkpoint: Checkpoint) -> Checkpoint:
+        if not self._holdings.is_deferred(checkpoint):
+            return await self._holdings.pin(checkpoint)
+        start_s, origin = self._clock(), self._holdings.origin(checkpoint)
+        held = await self._holdings.pin(checkpoint)
+        has_playout = isinstance(origin, BranchOrigin) and origin.job.playout is not None
+        self._deferral.needed(self._clock() - start_s, has_playout=has_playout)
+        return held
+
     async def _branch(
         self, job: BranchJob, sandbox: Sandbox, start_s: float, made: list[Checkpoint]
     ) -> BranchResult:
         """Everything between the clone and its release; the one place where an error becomes a failure."""
+        begun_s = self._clock()
+        defers = self._defers(job)
         try:
-            steps, checkpoint, playout = await self._play(job, sandbox, made)
+            steps, checkpoint, playout = await self._play(job, sandbox, made, defers=defers)
         except RolloutError as error:
             return self._failure(error, start_s)
         finally:
             await sandbox.kill()
+        if checkpoint is not None:
+            await self._account(job, checkpoint, self._clock() - begun_s)
         self._branches += 1
         return BranchResult(steps, checkpoint, playout, self._clock() - start_s)
 
+    def _defers(self, job: BranchJob) -> bool:
+        """Whether the state that a job leads to is left unsaved."""
+        has_playout = job.playout is not None
+        return self._holdings.may_defer(job) and self._deferral.defers(has_playout=has_playout)
+
+    async def _account(self, job: BranchJob, checkpoint: Checkpoint, duration_s: float) -> None:
+        """Takes in what a branch cost; now and then plays one that was saved again."""
+        is_deferred, has_playout = self._holdings.is_deferred(checkpoint), job.playout is not None
+        saved_s = self._deferral.branched(duration_s, has_playout=has_playout, is_deferred=is_deferred)
+        if is_deferred:
+            self.economics.deferred(duration_s, saved_s)
+        elif self._holdings.may_defer(job) and self._deferral.begins_probe():
+            await self._probe(job.checkpoint, checkpoint)
+
+    async def _probe(self, parent: Checkpoint, child: Checkpoint) -> None:
+        """Sees whether a branch comes out the same a second time; nothing else depends on it."""
+        origin = self._holdings.origin(child)
+        if not isinstance(origin, BranchOrigin):
+            self._deferral.forbid()
+            return
+        try:
+            held = await self._holdings.pin(parent)
+            try:
+                start_s = self._clock()
+                again = await self._play_again(origin, held)
+                self._deferral.probed(self._clock() - start_s, is_same=again is not None)
+                if again is not None:
+                    await self._engine.discard(again)
+            finally:
+                await self._holdings.unpin(held)
+        except RolloutError:  # a reason to defer nothing, and no failure of the branch that was probed
+            self._deferral.forbid()
+
     async def _play(
-        self, job: BranchJob, sandbox: Sandbox, made: list[Checkpoint]
+        self, job: BranchJob, sandbox: Sandbox, made: list[Checkpoint], *, defers: bool
     ) -> tuple[tuple[Step, ...], Checkpoint | None, PlayoutResult | LookaheadResult | None]:
-        steps, has_ended = await self._apply(job, sandbox)
+        steps, has_ended = await self._phases.apply(job, sandbox)
         if has_ended:
             return steps, None, None
         checkpoint = None
         if job.keep_checkpoint:
-            checkpoint = await self._save(sandbox)
-            made.append(checkpoint)
-            await self._holdings.keep_branch(checkpoint, job, steps)
+            checkpoint = self._holdings.defer(job, steps) if defers else None
+            if checkpoint is None:
+                checkpoint = await self._save_branch(sandbox)
+                made.append(checkpoint)
+                await self._holdings.keep_branch(checkpoint, job, steps)
+            else:
+                made.append(checkpoint)
         if job.playout is None:
             return steps, checkpoint, None
         try:
             if isinstance(job.playout, Lookahead):
                 begin = steps[-1] if steps else job.playout.begin
                 assert begin is not None, "a lookahead begins at a step"
-                return steps, checkpoint, await self._look_ahead(job.playout, sandbox, begin)
-            played = await self._call("a playout", self._env.playout(sandbox, job.playout))
+                return steps, checkpoint, await self._phases.look_ahead(job.playout, sandbox, begin)
+            played = await self._phases.call("a playout", self._env.playout(sandbox, job.playout))
             return steps, checkpoint, with_finite_value(played)
         except RolloutError:
             if checkpoint is not None:
                 await self.release([checkpoint])
             raise
 
-    async def _apply(self, job: BranchJob, sandbox: Sandbox) -> tuple[tuple[Step, ...], bool]:
-        """The job's actions, up to the end of the episode; whether it has ended."""
-        steps: list[Step] = []
-        last = len(job.actions) - 1
-        for index, action in enumerate(job.actions):
-            want_hash = job.state_hash and index == last
-            start_s = self._clock()
-            step = await self._call("a step", self._env.step(sandbox, action, state_hash=want_hash))
-            self.economics.add("step", self._clock() - start_s)
-            steps.append(with_finite_reward(step))
-            if step.terminated or step.truncated:
-                return tuple(steps), True
-        return tuple(steps), False
-
-    async def _look_ahead(self, request: Lookahead, sandbox: Sandbox, step: Step) -> LookaheadResult:
-        """Random legal actions, each a function of the request's seed and its number."""
-        value, weight, num_steps = 0.0, 1.0, 0
-        while num_steps < request.horizon and not (step.terminated or step.truncated):
-            actions = self._env.actions(step)
-            action = actions[derive_seed(request.seed, num_steps) % len(actions)]
-            step = with_finite_reward(await self._call("a step", self._env.step(sandbox, action)))
-            value += weight * (step.reward if step.reward is not None else 0.0)
-            weight *= request.discount
-            num_steps += 1
-        has_ended = step.terminated or step.truncated
-        return LookaheadResult(value, num_steps, step, () if has_ended else self._env.actions(step))
+    async def _save_branch(self, sandbox: Sandbox) -> Checkpoint:
+        try:
+            return await self._phases.save(sandbox)
+        except RolloutError:
+            self._deferral.forbid()  # it must be seen here, not where something begins from it
+            raise
 
     async def _replay(self, origin: Origin, parent: Checkpoint | None) -> Checkpoint:
         """Makes an evicted checkpoint again; takes no slots, because who asks has them and no clone yet."""
@@ -294,55 +324,40 @@ class LocalBrancher:
             self.economics.replayed(self._clock() - start_s, 0, from_reset=True)
             return checkpoint
         assert parent is not None
-        sandbox = await self._clone_one(parent, origin.job.randomness)
-        try:
-            steps, _ = await self._apply(origin.job, sandbox)
-            state_hash = steps[-1].state_hash if steps else None
-            if state_hash != origin.state_hash or witness_of(steps) != origin.witness:
-                raise self._not_replayable()
-            checkpoint = await self._save(sandbox)
-        finally:
-            await sandbox.kill()
+        checkpoint = await self._play_again(origin, parent)
+        if checkpoint is None:
+            raise self._not_replayable()
         self.economics.replayed(self._clock() - start_s, origin.num_steps, from_reset=False)
         return checkpoint
 
-    def _not_replayable(self) -> CheckpointError:
-        self._holdings.is_replayable = False
-        return CheckpointError(
-            "an evicted state, played again, came out different: this environment does not repeat, and "
-            "nothing of it is evicted from now on; raise engine.checkpoint_budget_bytes"
-        )
-
-    # Phases, each with its deadline
-
-    async def _begin(self, origin: OpeningOrigin) -> tuple[Step, Checkpoint]:
-        prepared = await self.prepare()
-        sandbox = await self._clone_one(prepared, Randomness.seeded(derive_seed(origin.seed, "open")))
+    async def _play_again(self, origin: BranchOrigin, parent: Checkpoint) -> Checkpoint | None:
+        """What a branch leads to, saved; None if that is not what it was."""
+        [sandbox] = await self._phases.clone(parent, [origin.job.randomness])
         try:
-            step = await self._call("a reset", self._env.reset(sandbox, origin.task, origin.seed))
-            return step, await self._save(sandbox)
+            steps, _ = await self._phases.apply(origin.job, sandbox)
+            state_hash = steps[-1].state_hash if steps else None
+            if state_hash != origin.state_hash or witness_of(steps) != origin.witness:
+                return None
+            return await self._phases.save(sandbox)
         finally:
             await sandbox.kill()
 
-    async def _clone_one(self, held: Checkpoint, randomness: Randomness) -> Sandbox:
-        fork = self._engine.fork(held, 1, randomness=[randomness])
-        return (await self._within(self._limits.fork_timeout_s, ForkError, "a fork", fork))[0]
+    def _not_replayable(self) -> CheckpointError:
+        self._holdings.is_replayable = False
+        self._deferral.forbid()
+        return CheckpointError(
+            "a state that was evicted or not saved, played again, came out different: this environment does "
+            "not repeat, and all its states are held from now on; raise engine.checkpoint_budget_bytes"
+        )
 
-    async def _call(self, what: str, call: Awaitable[T]) -> T:
-        return await self._within(self._limits.call_timeout_s, GuestError, what, call)
-
-    async def _save(self, sandbox: Sandbox) -> Checkpoint:
-        save = sandbox.checkpoint()
-        return await self._within(self._limits.checkpoint_timeout_s, CheckpointError, "a checkpoint", save)
-
-    async def _within(self, limit_s: float, kind: type[RolloutError], what: str, work: Awaitable[T]) -> T:
-        if self._synchronous:
-            return await work
+    async def _begin(self, origin: OpeningOrigin) -> tuple[Step, Checkpoint]:
+        prepared = await self.prepare()
+        [sandbox] = await self._phases.clone(prepared, [Randomness.seeded(derive_seed(origin.seed, "open"))])
         try:
-            async with asyncio.timeout(limit_s):
-                return await work
-        except TimeoutError as error:
-            raise kind(f"{what} took longer than {limit_s:g} s", retryable=True) from error
+            step = await self._phases.call("a reset", self._env.reset(sandbox, origin.task, origin.seed))
+            return step, await self._phases.save(sandbox)
+        finally:
+            await sandbox.kill()
 
     def _failure(self, error: RolloutError, start_s: float) -> BranchResult:
         self._failed += 1

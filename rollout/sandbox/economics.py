@@ -3,8 +3,9 @@
 | way | what is done |
 |---|---|
 | `clone` | the node's checkpoint is held: fork it |
-| `replay` | it was evicted: play its branch again from the nearest ancestor that is held, save, fork |
+| `replay` | it was evicted, or never saved: play its branch again from the nearest ancestor that is held |
 | `reset` | no ancestor is held: begin the episode again, and replay all of it |
+| `defer` | the state is left unsaved until something begins there (see `rollout.sandbox.deferral`) |
 
 What the first child of a node costs beyond the others is the engine's business: a checkpoint of the process
 engine is the stopped sandbox itself, and a microVM that is as its checkpoint left it is handed to the next
@@ -128,12 +129,20 @@ class Economics:
         if not from_reset:
             self._save(kind, self.cost_s("open") + num_steps * self.cost_s("step") - duration_s)
 
+    def deferred(self, duration_s: float, saved_s: float) -> None:
+        """Takes in a branch whose state was left unsaved, which saved so much against one that is saved.
+
+        What making it later costs is under `replay`.
+        """
+        self.add("defer", duration_s)
+        self._save("defer", saved_s)
+
     @property
     def ways(self) -> Mapping[str, WayCost]:
         """What each way cost and saved so far; only those that were taken."""
         return {
             kind: WayCost(self._counts[kind], self._seconds[kind], self._saved_s.get(kind, 0.0))
-            for kind in ("clone", "replay", "reset")
+            for kind in ("clone", "replay", "reset", "defer")
             if kind in self._counts
         }
 

@@ -7,19 +7,24 @@ Invariants: what is pinned is held by the engine; what cannot be made again (som
 way) is never evicted, and if the budget has no room for it a `CapacityError` says so; a state that comes out
 different when it is played again is refused, and marks the environment as not replayable: from then on
 nothing of it is evicted.
+
+A state that was not saved (see `rollout.sandbox.deferral`) is as one that was evicted at once. Its parent's
+checkpoint, from which it would be made, is kept after its release until the state was made or released too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from rollout.branch import BranchJob
 from rollout.errors import CapacityError, CheckpointError
 from rollout.sandbox.base import Checkpoint, Engine
 from rollout.sandbox.lineage import Lineage, OpeningOrigin, Origin
 from rollout.sandbox.store import CheckpointStore
-from rollout.types import Step
+from rollout.types import RngPolicy, Step
 
 __all__ = ["Holdings", "Replay"]
 
@@ -41,7 +46,12 @@ class Holdings:
         self._replay = replay
         self._store = CheckpointStore(budget_bytes)
         self._lineage = Lineage()
-        self._remaking = asyncio.Lock()
+        self._remaking: dict[str, asyncio.Lock] = {}
+        self._deferred_parents: dict[str, str] = {}
+        self._num_deferred: dict[str, int] = {}
+        self._leaving: dict[str, Checkpoint] = {}
+        self._token = secrets.token_hex(4)
+        self._num_made_up = 0
         self.is_replayable = True
         self.num_evicted = 0
         self.num_remade = 0
@@ -75,6 +85,41 @@ class Holdings:
         if origin is not None:
             self._lineage.record(checkpoint, origin)
 
+    def may_defer(self, job: BranchJob) -> bool:
+        """Whether what a job leads to could be made later as it would be now."""
+        origin = self._lineage.origin(job.checkpoint.id)
+        return (
+            self.is_replayable
+            and origin is not None
+            and origin.repeatable
+            and bool(job.actions)
+            and job.randomness.policy is RngPolicy.SEEDED
+            and job.checkpoint.id not in self._leaving
+        )
+
+    def defer(self, job: BranchJob, steps: Sequence[Step]) -> Checkpoint | None:
+        """A name for what a job led to, which nobody has saved; None if it could not be made later."""
+        if not self.may_defer(job):
+            return None
+        origin = self._lineage.derive(job, steps)
+        assert origin is not None
+        parent_id = job.checkpoint.id
+        self._num_made_up += 1
+        name = f"unsaved-{self._token}-{self._num_made_up}"
+        checkpoint = replace(job.checkpoint, id=name, parent_id=parent_id, private_bytes=0)
+        self._lineage.record(checkpoint, origin)
+        self._deferred_parents[name] = parent_id
+        self._num_deferred[parent_id] = self._num_deferred.get(parent_id, 0) + 1
+        return checkpoint
+
+    def is_deferred(self, checkpoint: Checkpoint) -> bool:
+        """Whether it was never saved so far."""
+        return checkpoint.id in self._deferred_parents
+
+    def origin(self, checkpoint: Checkpoint) -> Origin | None:
+        """How it came to be; None if unknown or forgotten."""
+        return self._lineage.origin(checkpoint.id)
+
     async def pin(self, checkpoint: Checkpoint) -> Checkpoint:
         """What the engine holds for a checkpoint, safe from eviction until `unpin`; made again if need be.
 
@@ -82,25 +127,32 @@ class Holdings:
             CheckpointError: It was released or never held, or cannot be made again as it was.
             RolloutError: Playing it again failed.
         """
+        origin = self._lineage.origin(checkpoint.id)
+        if checkpoint.id in self._leaving:
+            raise CheckpointError(f"checkpoint {checkpoint.id} was released")
         held = self._lineage.current(checkpoint)
         if held.id in self._store:
             return self._store.pin(held.id)
-        origin = self._lineage.origin(checkpoint.id)
-        if origin is not None and not self.is_replayable:
+        if origin is None:
+            raise CheckpointError(f"checkpoint {checkpoint.id} is unknown here: released, or of another host")
+        if not self.is_replayable and not self.is_deferred(checkpoint):
             raise CheckpointError(
                 f"checkpoint {checkpoint.id} was evicted, and this environment does not repeat: raise "
                 "engine.checkpoint_budget_bytes"
             )
-        if origin is None:
-            raise CheckpointError(f"checkpoint {checkpoint.id} is unknown here: released, or of another host")
-        async with self._remaking:
-            held = self._lineage.current(checkpoint)
-            if held.id in self._store:  # made again while we waited
-                return self._store.pin(held.id)
-            held = await self._make_again(origin)
-            self._lineage.remade(checkpoint.id, held)
-            await self._keep(held, origin, pin=True)
-            return held
+        remaking = self._remaking.setdefault(checkpoint.id, asyncio.Lock())
+        try:
+            async with remaking:
+                held = self._lineage.current(checkpoint)
+                if held.id in self._store:  # made again while we waited
+                    return self._store.pin(held.id)
+                held = await self._make_again(origin)
+                self._lineage.remade(checkpoint.id, held)
+                await self._keep(held, origin, pin=True)
+        finally:
+            self._remaking.pop(checkpoint.id, None)
+        await self._need_no_parent(checkpoint.id)
+        return held
 
     async def unpin(self, held: Checkpoint) -> None:
         """Takes back one `pin`."""
@@ -110,9 +162,28 @@ class Holdings:
     async def release(self, checkpoints: Sequence[Checkpoint]) -> None:
         """Frees what nobody will name again. Idempotent."""
         for checkpoint in checkpoints:
-            held = self._lineage.forget(checkpoint)
-            if self._store.evict(held.id) is not None:
-                await self._engine.discard(held)
+            if self._num_deferred.get(checkpoint.id):
+                self._leaving[checkpoint.id] = checkpoint
+            else:
+                await self._forget(checkpoint)
+                await self._need_no_parent(checkpoint.id)
+
+    async def _forget(self, checkpoint: Checkpoint) -> None:
+        held = self._lineage.forget(checkpoint)
+        if self._store.evict(held.id) is not None:
+            await self._engine.discard(held)
+
+    async def _need_no_parent(self, checkpoint_id: str) -> None:
+        """A state that was not saved is held now, or gone: its parent may go, if it was released."""
+        parent_id = self._deferred_parents.pop(checkpoint_id, None)
+        if parent_id is None:
+            return
+        self._num_deferred[parent_id] -= 1
+        if self._num_deferred[parent_id] == 0:
+            del self._num_deferred[parent_id]
+            if (parent := self._leaving.pop(parent_id, None)) is not None:
+                await self._forget(parent)
+                await self._need_no_parent(parent.id)
 
     async def _keep(self, checkpoint: Checkpoint, origin: Origin | None, *, pin: bool = False) -> None:
         evictable = self.is_replayable and origin is not None and origin.repeatable

@@ -30,7 +30,7 @@ import zstandard
 
 from rollout.errors import BootError, CheckpointError
 from rollout.sandbox.image.store import Image
-from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES, MachineShape
+from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES, KERNEL_COMMAND_LINE, MachineShape
 
 __all__ = ["Base", "BaseStore", "base_key", "new_memory_file"]
 
@@ -70,6 +70,7 @@ def base_key(image: Image | None, shape: MachineShape, qemu_version: str, warm_u
         "machine": shape.fingerprint(qemu_version),
         "warm_up": warm_up,
         "layout": _LAYOUT,
+        "kernel": KERNEL_COMMAND_LINE,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
