@@ -14,12 +14,14 @@ __all__ = ["economics_card"]
 
 _WAYS = {
     "clone": "clone of a checkpoint",
-    "replay": "evicted: played again from an ancestor",
+    "replay": "evicted or not saved: played again from an ancestor",
     "reset": "evicted: played again from the reset",
+    "defer": "branch that left its state unsaved",
 }
 _CAPTION = (
     "How states were reached. Saved is the time of the alternative, a reset and all steps from there by "
-    "their median times, less the time that was taken; what is negative would have been cheaper so."
+    "their median times, less the time that was taken; what is negative would have been cheaper so. For a "
+    "branch that left its state unsaved, the alternative is one that saves it."
 )
 
 
@@ -36,8 +38,8 @@ def economics_card(summary: RunSummary) -> str:
     ]
     if not rows:
         return ""
-    header = ("way", "states", "time", "each", "saved")
-    return card("half", "What nodes cost", _CAPTION, table(header, rows, {1, 2, 3, 4}))
+    header = ("way", "states", "time", "mean", "median", "saved")
+    return card("half", "What nodes cost", _CAPTION, table(header, rows, {1, 2, 3, 4, 5}))
 
 
 def _row(name: str, way: object) -> tuple[str, ...] | None:
@@ -51,11 +53,14 @@ def _row(name: str, way: object) -> tuple[str, ...] | None:
     count, seconds, saved_s = cast("list[float]", numbers)
     if count < 1:
         return None
+    median = found.get("median_s")  # older runs lack it
+    median_s = float(median) if isinstance(median, int | float) and math.isfinite(median) else 0.0
     sign = "-" if saved_s < 0 else ""
     return (
         name,
         f"{int(count):,}",
         duration_text(seconds),
         duration_text(seconds / count),
+        duration_text(median_s) if median_s > 0 else "",
         sign + duration_text(abs(saved_s)),
     )

@@ -87,12 +87,17 @@ class LocalBrancher:
         self._concurrency = concurrency
         self._slots = Slots(concurrency)
         self._clock = clock
-        self._holdings = Holdings(engine, self._limits.checkpoint_budget_bytes, self._replay)
         self._prepared: Checkpoint | None = None
         self._preparing = asyncio.Lock()
         self._branches = self._failed = 0
         self._deferral = Deferral()
         self.economics = Economics()
+        self._holdings = Holdings(
+            engine,
+            self._limits.checkpoint_budget_bytes,
+            self._replay,
+            lambda origin: self.economics.rebuild_s(from_reset=isinstance(origin, OpeningOrigin)),
+        )
         self._phases = Phases(engine, env, self._limits, self.economics, clock)
 
     @property

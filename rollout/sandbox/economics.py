@@ -62,21 +62,30 @@ class WayCost:
         seconds: What that took.
         saved_s: Seconds that the alternative would have taken beyond that, by its own median; below 0 where
             it would have been cheaper.
+        median_s: Running median of one; over several hosts or sessions the mean of theirs, by count; 0 where
+            it is not known.
     """
 
     count: int = 0
     seconds: float = 0.0
     saved_s: float = 0.0
+    median_s: float = 0.0
+
+    def plus(self, other: WayCost) -> WayCost:
+        """Both together."""
+        known = [way for way in (self, other) if way.median_s > 0.0]
+        weight = sum(way.count for way in known)
+        median_s = sum(way.count * way.median_s for way in known) / weight if weight else 0.0
+        return WayCost(
+            self.count + other.count, self.seconds + other.seconds, self.saved_s + other.saved_s, median_s
+        )
 
 
 def add_ways(first: Mapping[str, WayCost], second: Mapping[str, WayCost]) -> dict[str, WayCost]:
     """The sums of two accounts."""
     total = dict(first)
     for kind, way in second.items():
-        so_far = total.get(kind, WayCost())
-        total[kind] = WayCost(
-            so_far.count + way.count, so_far.seconds + way.seconds, so_far.saved_s + way.saved_s
-        )
+        total[kind] = total[kind].plus(way) if kind in total else way
     return total
 
 
@@ -85,10 +94,16 @@ def ways_record(
 ) -> dict[str, dict[str, float]]:
     """An account as JSON, with that of earlier sessions added."""
     before = {
-        kind: WayCost(int(way["count"]), way["seconds"], way["saved_s"]) for kind, way in earlier.items()
+        kind: WayCost(int(way["count"]), way["seconds"], way["saved_s"], way.get("median_s", 0.0))
+        for kind, way in earlier.items()
     }
     return {
-        kind: {"count": way.count, "seconds": round(way.seconds, 6), "saved_s": round(way.saved_s, 6)}
+        kind: {
+            "count": way.count,
+            "seconds": round(way.seconds, 6),
+            "saved_s": round(way.saved_s, 6),
+            "median_s": round(way.median_s, 9),
+        }
         for kind, way in sorted(add_ways(before, ways).items())
     }
 
@@ -112,6 +127,12 @@ class Economics:
         """The running median of a kind; 0 before the first."""
         running = self._medians.get(kind)
         return 0.0 if running is None else running.value
+
+    def rebuild_s(self, *, from_reset: bool) -> float:
+        """What making a state again would take: an opening, or one branch of a state that is held."""
+        if from_reset:
+            return self.cost_s("open")
+        return self.cost_s("replay") or self.cost_s("clone") + self.cost_s("step")
 
     def cloned(self, duration_s: float, count: int, num_steps: int) -> None:
         """Takes in a fork of `count` children of a state that lies `num_steps` after its episode's reset.
@@ -141,7 +162,9 @@ class Economics:
     def ways(self) -> Mapping[str, WayCost]:
         """What each way cost and saved so far; only those that were taken."""
         return {
-            kind: WayCost(self._counts[kind], self._seconds[kind], self._saved_s.get(kind, 0.0))
+            kind: WayCost(
+                self._counts[kind], self._seconds[kind], self._saved_s.get(kind, 0.0), self.cost_s(kind)
+            )
             for kind in ("clone", "replay", "reset", "defer")
             if kind in self._counts
         }

@@ -39,10 +39,14 @@ class Holdings:
         engine: Discards.
         budget_bytes: For all checkpoints together.
         replay: Makes an evicted one again.
+        rebuild_s: What that would take.
     """
 
-    def __init__(self, engine: Engine, budget_bytes: int, replay: Replay) -> None:
+    def __init__(
+        self, engine: Engine, budget_bytes: int, replay: Replay, rebuild_s: Callable[[Origin], float]
+    ) -> None:
         self._engine = engine
+        self._rebuild_s = rebuild_s
         self._replay = replay
         self._store = CheckpointStore(budget_bytes)
         self._lineage = Lineage()
@@ -188,7 +192,8 @@ class Holdings:
     async def _keep(self, checkpoint: Checkpoint, origin: Origin | None, *, pin: bool = False) -> None:
         evictable = self.is_replayable and origin is not None and origin.repeatable
         try:
-            gone = self._store.put(checkpoint, evictable=evictable, pin=pin)
+            rebuild_s = 0.0 if origin is None else self._rebuild_s(origin)
+            gone = self._store.put(checkpoint, evictable=evictable, pin=pin, rebuild_s=rebuild_s)
         except CapacityError:
             await self._engine.discard(checkpoint)
             raise

@@ -73,6 +73,52 @@ def test_what_was_over_the_budget_while_pinned_goes_when_it_is_unpinned() -> Non
     assert store.held_bytes == 0
 
 
+def test_what_is_dear_to_make_again_for_its_bytes_stays() -> None:
+    store = CheckpointStore(budget_bytes=30)
+    store.put(checkpoint("dear", 10), rebuild_s=5.0)
+    store.put(checkpoint("large", 20), rebuild_s=5.0)
+    assert [gone.id for gone in store.put(checkpoint("cheap", 10), rebuild_s=3.0)] == ["large"]
+    assert [gone.id for gone in store.put(checkpoint("next", 20), rebuild_s=9.0)] == ["cheap"]
+
+
+def test_what_was_used_often_stays_until_it_is_long_ago() -> None:
+    store = CheckpointStore(budget_bytes=20)
+    store.put(checkpoint("often"), rebuild_s=1.0)
+    for _ in range(3):
+        store.get("often")
+    num_outlived = 0
+    for number in range(50):
+        gone = {each.id for each in store.put(checkpoint(str(number)), rebuild_s=1.0)}
+        if "often" in gone:
+            break
+        num_outlived += 1
+    assert 3 <= num_outlived < 10
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.booleans(), st.integers(1, 9)), max_size=300))
+def test_what_goes_is_worth_least(actions: list[tuple[int, bool, int]]) -> None:
+    store = CheckpointStore(budget_bytes=40)
+    worths: dict[str, tuple[float, int]] = {}
+    uses: dict[str, int] = {}
+    costs: dict[str, int] = {}
+    floor = 0.0
+    for tick, (number, is_use, cost_s) in enumerate(actions):
+        name = str(number)
+        if name in store and is_use:
+            store.get(name)
+            uses[name] += 1
+        elif name not in store and not is_use:
+            uses[name], costs[name] = 1, cost_s
+            worths[name] = (floor + cost_s / 10, tick)
+            for gone in store.put(checkpoint(name), rebuild_s=cost_s):
+                assert worths[gone.id] == min(worths.values())
+                floor = max(floor, worths.pop(gone.id)[0])
+            continue
+        else:
+            continue
+        worths[name] = (floor + uses[name] * costs[name] / 10, tick)
+
+
 @given(
     st.lists(
         st.tuples(
