@@ -153,7 +153,7 @@ class _Unpacking:
 
     def take(self, archive: IO[bytes]) -> None:
         """Makes everything that the archive holds."""
-        with tarfile.open(fileobj=cast("IO[bytes]", _Reader(archive)), mode="r:") as tar:
+        with tarfile.open(fileobj=cast("IO[bytes]", BoundedReader(archive)), mode="r:") as tar:
             while (entry := tar.next()) is not None:
                 cast("Any", tar).members.clear()  # the parser would keep them all
                 self._take_entry(tar, entry)
@@ -232,7 +232,7 @@ class _Unpacking:
                 )
 
 
-class _Reader:
+class BoundedReader:
     """What the parser may read of an archive: a bounded number of pieces of a bounded size.
 
     The lengths of some headers, and how often they are read, are the archive's to choose.

@@ -162,8 +162,9 @@ class Command:
     @property
     def _has_result(self) -> bool:
         listening = self._listening
-        is_over = listening is not None and listening.done() and not listening.cancelled()
-        return is_over and listening.exception() is None
+        if listening is None or not listening.done() or listening.cancelled():
+            return False
+        return listening.exception() is None
 
     def _listen(self, *, stream: bool) -> asyncio.Task[ExecResult]:
         if self._listening is None:

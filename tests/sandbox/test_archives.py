@@ -150,6 +150,19 @@ def test_a_damaged_archive_is_one_typed_error(tmp_path: Path, data: bytes) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_headers_that_are_long_or_never_end_are_given_up(tmp_path: Path) -> None:
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 2 << 20
+    data = long_name.tobuf(tarfile.GNU_FORMAT) + b"n" * (2 << 20) + archive_of(entry("it", b"x")).getvalue()
+    with pytest.raises(GuestError, match="headers are too long"):
+        archives.unpack(io.BytesIO(data), "it", tmp_path / "it")
+    reader = archives.BoundedReader(io.BytesIO(bytes(512)))
+    with pytest.raises(GuestError, match="never end"):  # noqa: PT012
+        for _ in range(1000):
+            reader.seek(0)
+            reader.read(512)
+
+
 def test_bytes_and_entries_are_bounded(tmp_path: Path) -> None:
     many = archive_of(folder("it"), *(entry(f"it/{i}", b"12345678") for i in range(10)))
     archives.unpack(many, "it", tmp_path / "fits", max_bytes=80, max_entries=11)
