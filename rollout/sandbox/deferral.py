@@ -23,8 +23,8 @@ Ways that are not taken, with medians in ms of the same environment. Going on in
 it must be unspoilt, while most branches end in a playout; one of the process engine has to be woken, 7.0
 against 8.6 for a clone, and seeded by a handshake after that; a microVM that is as its checkpoint left it is
 handed to the next clone as it is already. Inline it would gain, 0.004 against 0.065, for evaluators without
-playouts, but no sandbox has an operation that seeds it as a clone is seeded. Waking: for the same reasons, and as
-nothing here keeps a sandbox alive after its branch. Replaying although the checkpoint is held: a
+playouts, but no sandbox has an operation that seeds it as a clone is seeded. Waking: for these reasons,
+and as nothing here keeps a sandbox alive after its branch. Replaying although the checkpoint is held: a
 replay begins with a clone of an ancestor, so it costs a clone and the steps.
 
 Pure bookkeeping; whoever does the work brings the seconds.
