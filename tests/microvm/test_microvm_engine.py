@@ -53,6 +53,16 @@ async def test_an_idle_machine_is_parked_and_uses_no_cpu(machine: MicroVMSandbox
     assert (await machine.exec(["echo", "back"])).stdout == b"back\n"
 
 
+async def test_programs_of_a_guest_can_talk_to_each_other(machine: MicroVMSandbox) -> None:
+    talk = (
+        "import socket, threading\n"
+        "server = socket.create_server(('127.0.0.1', 0))\n"
+        "threading.Thread(target=lambda: server.accept()[0].sendall(b'hello')).start()\n"
+        "print(socket.create_connection(server.getsockname()).recv(5).decode())\n"
+    )
+    assert (await machine.exec(["python3", "-c", talk])).stdout == b"hello\n"
+
+
 async def test_guest_time_stands_still_while_parked(machine: MicroVMSandbox) -> None:
     async def uptime_s() -> float:
         return float((await machine.exec(["cat", "/proc/uptime"])).stdout.split()[0])
