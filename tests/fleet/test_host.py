@@ -13,6 +13,7 @@ from in_process import run_config
 from rollout.branch import BranchJob
 from rollout.env import Task
 from rollout.errors import BootError, CapacityError, ConfigError, EnvError
+from rollout.fleet import host as host_module
 from rollout.fleet.host import Host
 from rollout.fleet.reaper import OWNER_MARK
 from rollout.types import Randomness
@@ -119,14 +120,18 @@ async def test_closing_removes_the_scratch_folder() -> None:
     ],
 )
 async def test_what_cannot_start_says_why_and_leaves_nothing(
-    env: dict[str, object], error: type[Exception], message: str
+    env: dict[str, object],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = scratch_folders()
+    monkeypatch.setattr(host_module, "scratch_parent", lambda: tmp_path)
     config = run_config().model_dump() | {"env": env}
     host = Host(type(run_config()).model_validate(config))
     with pytest.raises(error, match=message):
         await host.start(1)
-    assert scratch_folders() == before
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_an_engine_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

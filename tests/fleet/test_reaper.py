@@ -75,9 +75,10 @@ def test_a_silent_owner_is_killed_when_its_lease_runs_out(tmp_path: Path) -> Non
 
 
 def test_an_owner_that_renews_keeps_its_lease(tmp_path: Path) -> None:
-    owner, pids = start_owner(tmp_path, 3.0, "work")
+    # long enough for an owner that gets no processor for a while
+    owner, pids = start_owner(tmp_path, 10.0, "work")
     with pytest.raises(subprocess.TimeoutExpired):
-        owner.wait(timeout=7)
+        owner.wait(timeout=14)
     assert all(is_alive(pid) for pid in pids)
     owner.kill()
     owner.wait()

@@ -223,11 +223,11 @@ def test_what_was_measured_before_an_interrupt_is_kept(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "_rows_of", interrupted)
-    assert run_bench("search", "--json", str(tmp_path / "bench.json")) == 130
+    assert run_bench("sink", "--json", str(tmp_path / "bench.json")) == 130
     assert [row["name"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == [
-        "first of bench_search"
+        "first of bench_sink"
     ]
-    assert "first of bench_search" in capsys.readouterr().out
+    assert "first of bench_sink" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--json", "--markdown"])

@@ -221,7 +221,8 @@ async def test_a_fork_that_fails_half_way_leaves_none():
         before = len(keepers(engine))
         with pytest.raises(ForkError, match="Resource temporarily unavailable"):
             await engine.fork(checkpoint, 8)
-        assert len(keepers(engine)) == before
+        while len(keepers(engine)) > before:  # a copy that has not reported yet finds out by itself
+            await asyncio.sleep(0.01)
         assert engine.num_sandboxes == 1
         (clone,) = await engine.fork(checkpoint)
         assert await run_code(clone, "result = 'fine'") == "fine"
