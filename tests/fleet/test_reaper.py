@@ -14,6 +14,9 @@ import pytest
 
 from rollout.fleet.reaper import OWNER_MARK, Reaper, owned_folder, sweep
 
+# They share a token, and a reaper ends whatever carries its own: one after the other, then.
+pytestmark = pytest.mark.xdist_group("reaper")
+
 OWNER = """
 import os, subprocess, sys, time
 from pathlib import Path
