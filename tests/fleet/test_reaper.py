@@ -14,18 +14,18 @@ import pytest
 
 from rollout.fleet.reaper import OWNER_MARK, Reaper, owned_folder, sweep
 
-# They share a token, and a reaper ends whatever carries its own: one after the other, then.
-pytestmark = pytest.mark.xdist_group("reaper")
+# A reaper ends whatever carries its token, so test workers must not share one.
+TOKEN = f"token-{os.getpid()}"
 
 OWNER = """
 import os, subprocess, sys, time
 from pathlib import Path
 from rollout.fleet.reaper import OWNER_MARK, Reaper, owned_folder
-parent, lease_s, behaviour = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-folder = owned_folder(parent, "token")
+parent, lease_s, behaviour, token = Path(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:]
+folder = owned_folder(parent, token)
 (folder / "ram").write_bytes(bytes(1000))
-os.environ[OWNER_MARK] = "token"
-reaper = Reaper("token", [folder], lease_s or None)
+os.environ[OWNER_MARK] = token
+reaper = Reaper(token, [folder], lease_s or None)
 children = [subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(3)]
 print(*(child.pid for child in children), flush=True)
 if behaviour == "stop":
@@ -38,7 +38,7 @@ while True:
 
 def start_owner(tmp_path: Path, lease_s: float, behaviour: str) -> tuple[subprocess.Popen[str], list[int]]:
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path), str(lease_s), behaviour],
+        [sys.executable, "-c", OWNER, str(tmp_path), str(lease_s), behaviour, TOKEN],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -65,16 +65,16 @@ def is_alive(pid: int) -> bool:
 
 def test_a_killed_owner_leaves_nothing(tmp_path: Path) -> None:
     owner, pids = start_owner(tmp_path, 0, "work")
-    assert (tmp_path / "rollout-token").exists()
+    assert (tmp_path / f"rollout-{TOKEN}").exists()
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    wait_until_gone(pids, tmp_path / "rollout-token")
+    wait_until_gone(pids, tmp_path / f"rollout-{TOKEN}")
 
 
 def test_a_silent_owner_is_killed_when_its_lease_runs_out(tmp_path: Path) -> None:
     owner, pids = start_owner(tmp_path, 0.5, "stop")  # stopped: it can do nothing for itself
     assert owner.wait(timeout=30) == -signal.SIGKILL
-    wait_until_gone(pids, tmp_path / "rollout-token")
+    wait_until_gone(pids, tmp_path / f"rollout-{TOKEN}")
 
 
 def test_an_owner_that_renews_keeps_its_lease(tmp_path: Path) -> None:
@@ -85,17 +85,17 @@ def test_an_owner_that_renews_keeps_its_lease(tmp_path: Path) -> None:
     assert all(is_alive(pid) for pid in pids)
     owner.kill()
     owner.wait()
-    wait_until_gone(pids, tmp_path / "rollout-token")
+    wait_until_gone(pids, tmp_path / f"rollout-{TOKEN}")
 
 
 def test_close_ends_everything_and_spares_the_owner_and_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = owned_folder(tmp_path, "mine")
-    reaper = Reaper("mine", [folder])
-    monkeypatch.setenv(OWNER_MARK, "mine")
+    folder = owned_folder(tmp_path, f"mine-{TOKEN}")
+    reaper = Reaper(f"mine-{TOKEN}", [folder])
+    monkeypatch.setenv(OWNER_MARK, f"mine-{TOKEN}")
     mine = subprocess.Popen(["sleep", "60"])
-    monkeypatch.setenv(OWNER_MARK, "other")
+    monkeypatch.setenv(OWNER_MARK, f"other-{TOKEN}")
     other = subprocess.Popen(["sleep", "60"])
     reaper.close()
     reaper.close()
@@ -108,7 +108,7 @@ def test_close_ends_everything_and_spares_the_owner_and_others(
 
 def test_what_hides_its_mark_is_ended_if_it_was_noted(tmp_path: Path) -> None:
     older = subprocess.Popen(["sleep", "60"])
-    reaper = Reaper("mine", [owned_folder(tmp_path, "mine")])
+    reaper = Reaper(f"mine-{TOKEN}", [owned_folder(tmp_path, f"mine-{TOKEN}")])
     noted = subprocess.Popen(["sleep", "60"], env={})
     reaper.note_descendants()
     reaper.renew()
@@ -131,7 +131,7 @@ def test_it_is_nobodys_child(tmp_path: Path) -> None:
 
 
 def test_sweep_removes_only_folders_whose_owner_is_gone(tmp_path: Path) -> None:
-    mine = owned_folder(tmp_path, "mine")
+    mine = owned_folder(tmp_path, f"mine-{TOKEN}")
     reused_pid = owned_folder(tmp_path, "reused")
     (reused_pid / "owner").write_text(f"{os.getpid()} 1")  # our id, but not our start time
     stranger = tmp_path / "rollout-stranger"
