@@ -294,6 +294,7 @@ class _Run:
                 "checkpoints": stats.checkpoints,
                 "checkpoint_bytes": stats.checkpoint_bytes,
                 "branches": self._record.num_branches + stats.branches,
+                "failed_branches": self._record.num_failed_branches + stats.failed_branches,
                 "rss_bytes": stats.rss_bytes + psutil.Process().memory_info().rss,
             }
         )
@@ -315,7 +316,7 @@ class _Run:
                 "failed_episodes": progress.failed,
                 "mean_return": progress.mean_return,
                 "branches": self._record.num_branches + stats.branches,
-                "failed_branches": stats.failed_branches + earlier.get("failed_branches", 0),
+                "failed_branches": self._record.num_failed_branches + stats.failed_branches,
                 "evicted_checkpoints": stats.evicted_checkpoints + earlier.get("evicted_checkpoints", 0),
                 "remade_checkpoints": stats.remade_checkpoints + earlier.get("remade_checkpoints", 0),
                 "lost_hosts": self._fleet.num_lost_hosts + earlier.get("lost_hosts", 0),

@@ -151,11 +151,13 @@ class RunRecord:
         *,
         played_s: float = 0.0,
         num_branches: int = 0,
+        num_failed_branches: int = 0,
         timings: PhaseTimings | None = None,
     ) -> None:
         self.folder = folder
         self.played_s = played_s
         self.num_branches = num_branches
+        self.num_failed_branches = num_failed_branches
         self._description = description
         self._timings = timings or PhaseTimings()
 
@@ -188,9 +190,15 @@ class RunRecord:
             SinkError: A file cannot be read or written.
         """
         described = read_description(folder)
-        played_s, num_branches = _end_of_timeline(folder / "metrics.jsonl")
-        timings = _read_timings(folder / "timings.json")
-        return cls(folder, described, played_s=played_s, num_branches=num_branches, timings=timings)
+        played_s, num_branches, num_failed = _end_of_timeline(folder / "metrics.jsonl")
+        return cls(
+            folder,
+            described,
+            played_s=played_s,
+            num_branches=num_branches,
+            num_failed_branches=num_failed,
+            timings=_read_timings(folder / "timings.json"),
+        )
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -245,8 +253,8 @@ class RunRecord:
             raise SinkError.wrap(error, f"cannot write {name}") from error
 
 
-def _end_of_timeline(path: Path) -> tuple[float, int]:
-    """(seconds, branches) of the last whole line of a timeline; what follows that line is cut off.
+def _end_of_timeline(path: Path) -> tuple[float, int, int]:
+    """(seconds, branches, failed branches) of the last whole line of a timeline; what follows that line is cut off.
 
     Raises:
         SinkError: It cannot be read or written.
@@ -257,14 +265,14 @@ def _end_of_timeline(path: Path) -> tuple[float, int]:
         if len(whole) < len(data):
             os.truncate(path, len(whole))
     except FileNotFoundError:
-        return 0.0, 0
+        return 0.0, 0, 0
     except OSError as error:
         raise SinkError.wrap(error, f"cannot go on with {path}") from error
     for line in reversed(whole.splitlines()):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             metric: dict[str, Any] = json.loads(line)
-            return float(metric["t_s"]), int(metric["branches"])
-    return 0.0, 0
+            return float(metric["t_s"]), int(metric["branches"]), int(metric.get("failed_branches", 0))
+    return 0.0, 0, 0
 
 
 def _read_timings(path: Path) -> PhaseTimings:

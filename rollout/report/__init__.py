@@ -17,12 +17,12 @@ Seconds are summed over workers, so they may add up to more than the run's own l
 `metrics.jsonl`, appended about once a second while the run goes on, is the timeline; one object a line:
 
     {"t_s": 4.0, "live_sandboxes": 9, "checkpoints": 211, "checkpoint_bytes": 14680064, "branches": 640,
-     "rss_bytes": 402653184}
+     "failed_branches": 2, "rss_bytes": 402653184}
 
-`t_s` is seconds since the run began, never falling. `branches` counts the branches finished since then; the
-others are the values at that moment, over all hosts; `rss_bytes` is the resident memory of the driver, the
-hosts and their sandboxes together. A field that is unknown is left out or null. A last line without its
-newline is ignored.
+`t_s` is seconds since the run began, never falling. `branches` counts the branches finished since then and
+`failed_branches` those that failed; the others are the values at that moment, over all hosts; `rss_bytes` is
+the resident memory of the driver, the hosts and their sandboxes together. A field that is unknown is left out
+or null. A last line without its newline is ignored.
 
 Invariants: the page needs no network and makes no request (its content security policy forbids any); text
 that came from a guest is data on it, never markup or code; the same run gives the same page, byte for byte.

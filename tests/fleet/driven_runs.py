@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent.parent
 ROLLOUT = str(Path(sys.executable).with_name("rollout"))
 DEADLINE_S = 120.0
 GONE_WITHIN_S = 30.0
+NEWS_AFTER_S = 3.0
+"""Hosts report with each renewal of their lease, every 2 s here; the timeline has a line a second."""
 
 CONFIG = """
 episodes = {episodes}
@@ -133,6 +135,16 @@ class Run:
 
     def describe(self) -> dict[str, Any]:
         return json.loads((self.folder / "run.json").read_text())
+
+    def last_metric(self) -> dict[str, float]:
+        """The newest whole line of the timeline."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        return json.loads([line for line in lines if line.endswith("\n")][-1])
+
+    def wait_for_news(self) -> None:
+        """Until the timeline tells of what has happened so far."""
+        seen_s = self.last_metric()["t_s"]
+        self.wait_until(lambda: self.last_metric()["t_s"] > seen_s + NEWS_AFTER_S)
 
     def left_overs(self) -> list[str]:
         """Everything of this run that still lives on the machine, its own output apart."""
