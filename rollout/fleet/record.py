@@ -254,7 +254,7 @@ class RunRecord:
 
 
 def _end_of_timeline(path: Path) -> tuple[float, int, int]:
-    """(seconds, branches, failed branches) of the last whole line of a timeline; what follows that line is cut off.
+    """(seconds, branches, failed branches) of the last whole line of a timeline; what follows it is cut off.
 
     Raises:
         SinkError: It cannot be read or written.

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from rollout.errors import BootError
-from rollout.sandbox.microvm.launcher import FIRST_FD
+from rollout.sandbox.microvm.confinement import FIRST_FD
 from rollout.sandbox.microvm.spawner import Child, Spawner
 
 pytestmark = [
@@ -62,9 +62,25 @@ def python_files() -> list[Path]:
     return [PYTHON, *found]
 
 
-@pytest.fixture(scope="module")
-def spawner(python_files: list[Path]) -> Iterator[Spawner]:
-    spawner = Spawner({str(LIBRARY): LIBRARY}, programs=python_files)
+class ForkingSpawner(Spawner):
+    """One whose processes all come from templates."""
+
+    def spawn(
+        self,
+        argv: Sequence[str],
+        fds: Sequence[int],
+        limits: Mapping[str, int],
+        *,
+        from_template: bool = True,
+    ) -> Child:
+        child = super().spawn(argv, fds, limits, from_template=from_template)
+        assert child.is_fork == (argv[0] == str(PYTHON))
+        return child
+
+
+@pytest.fixture(scope="module", params=[Spawner, ForkingSpawner], ids=["executed", "forked"])
+def spawner(request: pytest.FixtureRequest, python_files: list[Path]) -> Iterator[Spawner]:
+    spawner = request.param({str(LIBRARY): LIBRARY}, programs=python_files)
     yield spawner
     spawner.close()
 
@@ -219,6 +235,12 @@ def test_threads_are_limited(spawner: Spawner, memory_fd: int) -> None:
     assert in_jail(spawner, attempt, [memory_fd])["error"] == "RuntimeError"
 
 
+def test_the_c_library_knows_the_threads_of_a_vmm(spawner: Spawner, memory_fd: int) -> None:
+    # A signal to a thread goes to the id that the library has noted, which a fork must note anew.
+    attempt = "import threading\nsignal.pthread_kill(threading.get_ident(), 0)"
+    assert in_jail(spawner, attempt, [memory_fd]) == {"done": True}
+
+
 def test_what_a_vmm_needs_works(spawner: Spawner, memory_fd: int) -> None:
     ours, theirs = socket.socketpair()
     attempt = (
@@ -244,8 +266,11 @@ def test_a_program_that_is_not_shown_is_not_started(spawner: Spawner, memory_fd:
         Spawner({}, programs=["/no-such-program"])
 
 
-def test_the_end_of_the_launcher_is_the_end_of_its_vmms(python_files: list[Path]) -> None:
-    spawner = Spawner({str(LIBRARY): LIBRARY}, programs=python_files)
+@pytest.mark.parametrize("kind", [Spawner, ForkingSpawner])
+def test_the_end_of_the_launcher_is_the_end_of_its_vmms(
+    python_files: list[Path], kind: type[Spawner]
+) -> None:
+    spawner = kind({str(LIBRARY): LIBRARY}, programs=python_files)
     child = spawner.spawn([str(PYTHON), "-ISc", "import signal; signal.pause()"], [], {})
     launcher = psutil.Process(child.pid).parent()
     try:

@@ -68,11 +68,14 @@ def namespace_pids(process: psutil.Process) -> list[int]:
 
 
 def players(engine: ProcessEngine) -> list[psutil.Process]:
-    """The processes that run environments: first of a pid namespace inside the engine's, oldest first."""
+    """The processes that run environments: first of a pid namespace inside the engine's, oldest first.
+
+    One that was killed does not count, also while nobody has reaped it.
+    """
     found: list[psutil.Process] = []
     for process in processes_below(engine):
         numbers = namespace_pids(process)
-        if len(numbers) > 2 and numbers[-1] == 1:
+        if len(numbers) > 2 and numbers[-1] == 1 and is_alive(process):
             found.append(process)
     return sorted(found, key=lambda process: namespace_pids(process)[1:])
 

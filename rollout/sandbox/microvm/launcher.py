@@ -5,91 +5,82 @@ are never forked from a process with much memory, and when the launcher ends, fo
 ends every VMM with it. It ends when its owner closes the control socket, which the kernel does too when the
 owner is killed.
 
-What a VMM is confined by, all of it before its program begins:
-
-- Namespaces of its own: processes, mounts, IPC, host name, cgroups; users too where the owner is not
-  root. The network namespace, which has no network, is shared: one costs 200 KB, and the filter denies every
-  new socket.
-- A user id of its own where the owner is root, no group, no capability, no way to gain privileges.
-- `VIEW_FOLDER` as its root: read-only, and all that there is.
-- Limits on its address space, threads, file size and descriptors; no core dumps.
-- A system call filter: no new process, socket, tracing, mount, namespace, key, or io_uring. QEMU's own
-  `-sandbox`, which also ends its ability to execute programs, comes on top.
+What a VMM is confined by is in `rollout.sandbox.microvm.confinement`; all of it holds before the VMM's
+program begins. A VMM is a child that executes its program, or, for requests that say so, a fork of a template
+that has it loaded already: one for each argument vector, started with the first request. Where templates do
+not work (the kernel does not tell where a thread's id is kept, the linker does not take the stub) the
+launcher says so once on its standard error, and executes.
 
 Each request is one packet on a SOCK_SEQPACKET socket: JSON with an argument vector and limits, and
 descriptors, which the VMM finds at `FIRST_FD` and after. The answer carries a pidfd of the new process, so
-that no process id is ever used after its process is gone.
+that no process id is ever used after its process is gone, and says whether it came from a template.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import os
-import resource
 import select
 import signal
 import socket
 import struct
 import sys
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
-__all__ = ["FIRST_FD", "MAX_PACKET_BYTES", "VIEW_FOLDER"]
+from rollout.sandbox.microvm.confinement import (
+    FIRST_FD,
+    VIEW_FOLDER,
+    Filter,
+    SystemCall,
+    confinement,
+    filter_header,
+    namespaces,
+)
+from rollout.sandbox.microvm.template import CONTROL_FD, FORK_FLAGS, STUB_FD, packed, stub_object
 
-FIRST_FD = 100
-"""Number of a request's first descriptor in the new process; its standard error is the request's last one."""
+__all__ = ["MAX_PACKET_BYTES", "main"]
+
 MAX_PACKET_BYTES = 1 << 16
 _MAX_FDS = 8
-VIEW_FOLDER = "/vmm"
-"""Where the launcher sees what is to be the root folder of VMMs."""
+_MAX_TEMPLATES = 8
+_ANSWER_WITHIN_S = 10.0
 _EXEC_FAILED = 127
 _SYS_CLONE = 56
-_SYS_CAPSET = 126
+_PR_SET_NO_NEW_PRIVS = 38
 _ENVIRONMENT = {
     **{"PATH": "/usr/bin:/bin", "LANG": "C", "MALLOC_ARENA_MAX": "1"},
     **{"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "16384"},
 }
 """One arena, and freed memory goes back: with no huge pages, this saves an idle VMM a fifth of its memory."""
-_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _PR_SET_THP_DISABLE = 24, 38, 22, 41
-_SECCOMP_MODE_FILTER = 2
-_CLONE_NEWUSER = 0x10000000
-_CLONE_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000
-"""mount, cgroup, UTS, IPC and process id."""
-_PROC_FLAGS = 0x2 | 0x4 | 0x8  # no set-user-id, no devices, no programs
-_LAST_CAPABILITY = 63
-
-# linux/filter.h: instructions are (code, jump if true, jump if false, operand).
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_AUDIT_ARCH_X86_64 = 0xC000003E
-_X32_BIT = 0x40000000
-_CLONE_THREAD = 0x00010000
-_EPERM, _ENOSYS = 1, 38
-_CLONE3 = 435
-"""Its flags are in memory, where a filter cannot see them; glibc falls back to clone."""
-_DENIED = (
-    *(41, 42, 43, 49, 50, 53, 288),  # socket, connect, accept, bind, listen, socketpair, accept4
-    *(57, 58, 101, 310, 311, 312),  # fork, vfork, ptrace, process_vm_readv, process_vm_writev, kcmp
-    *(155, 161, 165, 166, 272, 308),  # pivot_root, chroot, mount, umount2, unshare, setns
-    *(428, 429, 430, 431, 432, 433, 442),  # open_tree, move_mount, fsopen and its like, mount_setattr
-    *(175, 176, 246, 313, 320),  # kernel modules, kexec
-    *(248, 249, 250, 298, 321, 323),  # keys, perf_event_open, bpf, userfaultfd
-    *(303, 304, 434, 438, 440),  # file handles, pidfd_open, pidfd_getfd, process_madvise
-    *(425, 426, 427),  # io_uring, whose requests no filter sees
-)
-"""Numbers of the system calls on x86-64 that no VMM may make."""
+_TEMPLATE_ENVIRONMENT = {**_ENVIRONMENT, "LD_BIND_NOW": "1", "LD_PRELOAD": f"/proc/self/fd/{STUB_FD}"}
+"""All that the linker could do later is done in the template, and shared."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+
+
+class Template(NamedTuple):
+    """A process that waits to be forked.
+
+    Attributes:
+        control: Its socket; closing it ends the template.
+        address: Where packets lie in its memory.
+    """
+
+    control: socket.socket
+    address: int
 
 
 def main() -> None:
     """Serves spawn requests on descriptor 0 until it is closed."""
     control = socket.socket(fileno=os.dup(0))
     os.set_inheritable(control.fileno(), False)
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no new privileges")
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     os.set_blocking(wake_read, False)
@@ -98,13 +89,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the owner to handle
     gc.collect()
     gc.freeze()  # forked children then copy fewer pages
+    launcher = _Launcher(control)
     while True:
         ready, _, _ = select.select([control, wake_read], [], [])
         if wake_read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(wake_read, 4096)
             _reap()
-        if control in ready and not _serve_one(control):
+        if control in ready and not launcher.serve_one():
             return
 
 
@@ -114,117 +106,180 @@ def _reap() -> None:
             pass
 
 
-def _serve_one(control: socket.socket) -> bool:
-    """Answers one request; False when the owner is gone."""
-    packet, fds, _, _ = socket.recv_fds(control, MAX_PACKET_BYTES, _MAX_FDS)
-    if not packet:
-        return False
-    try:
-        request = json.loads(packet)
-        pid = _fork_into_namespaces(own_users=request["uid"] is None)
-        if pid == 0:
-            _become(request, fds)
-        pidfd = os.pidfd_open(pid)
+class _Launcher:
+    """Serves one owner. Processes are reaped between requests only, so an id stays valid within one."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._owner = (os.environ["OWNER_UID"], os.environ["OWNER_GID"])
+        self._templates: dict[tuple[str, ...], Template] = {}
+        self._has_templates = True
+
+    def serve_one(self) -> bool:
+        """Answers one request; False when the owner is gone."""
+        packet, fds, _, _ = socket.recv_fds(self._control, MAX_PACKET_BYTES, _MAX_FDS)
+        if not packet:
+            return False
         try:
-            socket.send_fds(control, [b"{}"], [pidfd])
+            request = json.loads(packet)
+            pid = self._fork_template(request, fds) if request["from_template"] else None
+            answer = {"from_template": pid is not None}
+            pidfd = os.pidfd_open(self._execute(request, fds) if pid is None else pid)
+            try:
+                socket.send_fds(self._control, [json.dumps(answer).encode()], [pidfd])
+            finally:
+                os.close(pidfd)
+        except OSError as error:
+            self._control.send(json.dumps({"error": str(error)}).encode())
         finally:
-            os.close(pidfd)
-    except OSError as error:
-        control.send(json.dumps({"error": str(error)}).encode())
-    finally:
-        for fd in fds:
-            os.close(fd)
-    return True
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _execute(self, request: dict[str, Any], fds: Sequence[int]) -> int:
+        """Starts a program in a child that confines itself first."""
+        # A raw system call: this process has no other thread to care for.
+        flags = namespaces(own_users=request["uid"] is None)
+        pid = _libc.syscall(ctypes.c_long(_SYS_CLONE), ctypes.c_long(flags), None, None, None, None)
+        if _check(pid, "clone") == 0:
+            calls = confinement(fds, request["limits"], request["uid"], self._owner)
+            _become(request["argv"], calls)
+        return pid
+
+    def _fork_template(self, request: dict[str, Any], fds: Sequence[int]) -> int | None:
+        """Forks the template of a program; None where templates do not work.
+
+        Raises:
+            OSError: The kernel makes no process.
+        """
+        argv = tuple(request["argv"])
+        if not os.access(VIEW_FOLDER + argv[0], os.X_OK):
+            return None  # the launcher sees more programs than VMMs do
+        reason: Exception | None = None
+        for _ in range(2):  # somebody may have killed the template: then another is started, once
+            if not self._has_templates:
+                return None
+            try:
+                template = self._templates.get(argv) or self._start_template(argv)
+                pid = self._fork(template, request, fds)
+            except (OSError, ValueError) as error:
+                self._end_template(argv)
+                reason = error
+                continue
+            return _check(pid, "clone", -pid)
+        print(f"VMMs are executed one by one: {reason}", file=sys.stderr, flush=True)
+        self._has_templates = False
+        return None
+
+    def _fork(self, template: Template, request: dict[str, Any], fds: Sequence[int]) -> int:
+        """The new process's id, or the negative error number."""
+        own_users = request["uid"] is None
+        there = range(CONTROL_FD + 1, CONTROL_FD + 1 + len(fds))
+        calls = confinement(there, request["limits"], request["uid"], self._owner)
+        script = packed(calls, namespaces(own_users=own_users) | FORK_FLAGS, template.address)
+        socket.send_fds(template.control, [script], fds)
+        return _number_from(template.control)
+
+    def _start_template(self, argv: tuple[str, ...]) -> Template:
+        """Loads a program, and waits until it waits.
+
+        Raises:
+            OSError: It does not.
+        """
+        while len(self._templates) >= _MAX_TEMPLATES:
+            self._end_template(next(iter(self._templates)))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(_ANSWER_WITHIN_S)
+        stub_fd = os.memfd_create("stub")
+        try:
+            os.write(stub_fd, stub_object())
+            if os.fork() == 0:
+                _become_template(list(argv), theirs.fileno(), stub_fd)
+        finally:
+            os.close(stub_fd)
+            theirs.close()
+        try:
+            self._templates[argv] = Template(ours, _number_from(ours))
+        except OSError:
+            ours.close()
+            raise
+        return self._templates[argv]
+
+    def _end_template(self, argv: tuple[str, ...]) -> None:
+        if (template := self._templates.pop(argv, None)) is not None:
+            template.control.close()
 
 
-def _become(request: dict[str, Any], fds: list[int]) -> NoReturn:
-    """Turns this child into the VMM; whatever goes wrong is told on its standard error."""
+def _number_from(control: socket.socket) -> int:
+    """The next eight bytes from a template.
+
+    Raises:
+        OSError: They do not come.
+    """
+    answer = control.recv(8)
+    if len(answer) != 8:
+        raise OSError("a template has ended")
+    return struct.unpack("<q", answer)[0]
+
+
+def _become(argv: list[str], calls: Sequence[SystemCall]) -> NoReturn:
+    """Turns this child into a VMM; whatever goes wrong is told on its standard error."""
     try:
-        for offset, fd in enumerate(fds[:-1]):
-            os.dup2(fd, FIRST_FD + offset, inheritable=True)
-        log_fd = fds[-1]
-        null_fd = os.open("/dev/null", os.O_RDWR)
-        os.dup2(null_fd, 0)
-        os.dup2(log_fd, 1)
-        os.dup2(log_fd, 2)
-        os.set_blocking(2, True)
-        os.closerange(3, FIRST_FD)
-        os.closerange(FIRST_FD + len(fds) - 1, FIRST_FD + 64)
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.setsid()
-        if request["uid"] is None:
-            _map_own_user()
-        else:
-            _check(_libc.mount(b"proc", f"{VIEW_FOLDER}/proc".encode(), b"proc", _PROC_FLAGS, None), "mount")
-        os.chroot(VIEW_FOLDER)
-        os.chdir("/")
-        for name, value in request["limits"].items():
-            resource.setrlimit(getattr(resource, name), (value, value))
-        _drop_privileges(request["uid"])
-        _prctl(_PR_SET_THP_DISABLE, 1)
-        _filter_system_calls()
-        os.execve(request["argv"][0], request["argv"], _ENVIRONMENT)
+        _reset_signals()
+        for call in calls:
+            _carry_out(call)
+        os.execve(argv[0], argv, _ENVIRONMENT)
     except BaseException as error:
-        os.write(2, f"cannot start {request['argv'][0]}: {error}\n".encode())
+        os.write(2, f"cannot start {argv[0]}: {error}\n".encode())
     os._exit(_EXEC_FAILED)
 
 
-def _fork_into_namespaces(*, own_users: bool) -> int:
-    """As fork, into new namespaces. A raw system call: this process has no other thread to care for."""
-    flags = _CLONE_NAMESPACES | (_CLONE_NEWUSER if own_users else 0) | signal.SIGCHLD
-    pid = _libc.syscall(ctypes.c_long(_SYS_CLONE), ctypes.c_long(flags), None, None, None, None)
-    return _check(pid, "clone")
+def _become_template(argv: list[str], control_fd: int, stub_fd: int) -> NoReturn:
+    """Turns this child into a template; whatever goes wrong is told on the launcher's standard error."""
+    try:
+        _reset_signals()
+        above = STUB_FD + 1
+        control_fd, stub_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD, above) for fd in (control_fd, stub_fd))
+        os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+        os.dup2(control_fd, CONTROL_FD)
+        os.dup2(stub_fd, STUB_FD)
+        os.closerange(above, FIRST_FD)
+        os.execve(argv[0], argv, _TEMPLATE_ENVIRONMENT)
+    except BaseException as error:
+        os.write(2, f"cannot load {argv[0]}: {error}\n".encode())
+    os._exit(_EXEC_FAILED)
 
 
-def _map_own_user() -> None:
-    """Makes the user of a new user namespace the one that it was: nobody else exists there."""
-    uid, gid = os.environ["OWNER_UID"], os.environ["OWNER_GID"]
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        fd = os.open(f"/proc/self/{name}", os.O_WRONLY)
-        os.write(fd, text.encode())
-        os.close(fd)
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _drop_privileges(uid: int | None) -> None:
-    """Takes every capability, and the user id given; none can be gained later."""
-    for capability in range(_LAST_CAPABILITY + 1):
-        with contextlib.suppress(OSError):  # the kernel has fewer
-            _prctl(_PR_CAPBSET_DROP, capability)
-    if uid is not None:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-    header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    _check(_libc.syscall(ctypes.c_long(_SYS_CAPSET), header, bytes(24)), "capset")
+def _carry_out(call: SystemCall) -> None:
+    """Makes a system call.
+
+    Raises:
+        OSError: It failed, and may not.
+    """
+    held: list[Any] = []  # what pointers point to, until the call has returned
+
+    def passed(argument: int | bytes) -> Any:
+        if isinstance(argument, int):
+            return ctypes.c_long(argument)
+        held.append(ctypes.create_string_buffer(argument, len(argument)))
+        if isinstance(argument, Filter):
+            header = filter_header(argument, ctypes.addressof(held[-1]))
+            held.append(ctypes.create_string_buffer(header, len(header)))
+        return held[-1]
+
+    result = _libc.syscall(ctypes.c_long(call.number), *map(passed, call.arguments))
+    if not call.may_fail:
+        _check(result, call.name)
 
 
-def _filter_system_calls() -> None:
-    """Denies `_DENIED` from here on, to this process and all that it becomes."""
-    load = (_LOAD, 0, 0, 4)  # the architecture; the number is at 0, the first argument at 16
-    program = [load, (_EQUAL, 1, 0, _AUDIT_ARCH_X86_64), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
-    program += [(_AT_LEAST, 0, 1, _X32_BIT), (_RETURN, 0, 0, _KILL)]
-    program += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | _ENOSYS)]
-    for number in _DENIED:
-        program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | _EPERM)]
-    program += [(_EQUAL, 0, 3, _SYS_CLONE), (_LOAD, 0, 0, 16)]
-    program += [(_ANY_BIT, 1, 0, _CLONE_THREAD), (_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in program))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
-    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header))
-
-
-def _prctl(option: int, *arguments: int) -> None:
-    padded = (*arguments, 0, 0, 0, 0)[:4]
-    _check(_libc.prctl(ctypes.c_int(option), *(ctypes.c_ulong(value) for value in padded)), "prctl")
-
-
-def _check(result: int, doing: str) -> int:
+def _check(result: int, doing: str, error: int | None = None) -> int:
     if result < 0:
-        raise OSError(ctypes.get_errno(), f"{doing}: {os.strerror(ctypes.get_errno())}")
+        error = ctypes.get_errno() if error is None else error
+        raise OSError(error, f"{doing}: {os.strerror(error)}")
     return result
-
-
-if __name__ == "__main__":
-    sys.exit(main())

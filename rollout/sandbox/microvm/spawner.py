@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollout.errors import BootError
-from rollout.sandbox.microvm import launcher as launcher_module
-from rollout.sandbox.microvm.launcher import MAX_PACKET_BYTES, VIEW_FOLDER
+from rollout.sandbox.microvm import confinement, launcher, template
+from rollout.sandbox.microvm.confinement import VIEW_FOLDER
+from rollout.sandbox.microvm.launcher import MAX_PACKET_BYTES
 
 __all__ = ["Child", "Spawner"]
 
@@ -44,7 +45,9 @@ _MAX_THREADS = 96
 _MAX_FILE_BYTES = 64 << 20
 _OWN_ADDRESS_SPACE_BYTES = 2 << 30
 """Beside the files that a VMM is given: programs, stacks, heaps, translated code; mostly never touched."""
-_LAUNCHER_PATH = "/launcher.py"
+_LAUNCHER_FOLDER = "/launcher"
+_LAUNCHER_MODULES = (launcher, confinement, template)
+_LAUNCH = f"import sys; sys.path.append({_LAUNCHER_FOLDER!r}); import {launcher.__name__} as it; it.main()"
 
 
 @dataclass(slots=True)
@@ -55,11 +58,13 @@ class Child:
         pid: As this process sees it; safe to use while `pidfd` is open and the process has not been reaped.
         pidfd: Readable once the process has ended.
         log_fd: Memory file with its standard error.
+        is_fork: It is a fork of a template, with which it shares memory that neither changes.
     """
 
     pid: int
     pidfd: int
     log_fd: int
+    is_fork: bool
 
     @property
     def has_ended(self) -> bool:
@@ -139,13 +144,22 @@ class Spawner:
         """The process outside of the namespace whose end is the launcher's."""
         return self._process.pid
 
-    def spawn(self, argv: Sequence[str], fds: Sequence[int], limits: Mapping[str, int]) -> Child:
-        """Starts a program with descriptors from `FIRST_FD` on, confined as the launcher's module says.
+    def spawn(
+        self,
+        argv: Sequence[str],
+        fds: Sequence[int],
+        limits: Mapping[str, int],
+        *,
+        from_template: bool = False,
+    ) -> Child:
+        """Starts a program with descriptors from `FIRST_FD` on, confined as `confinement` says.
 
         Args:
             argv: Program and arguments.
             fds: Descriptors; they stay open here.
             limits: Resource limits by their name in the `resource` module, instead of the usual ones.
+            from_template: Fork it from a process that has loaded the program, where that works (see
+                `rollout.sandbox.microvm.template`).
 
         Raises:
             BootError: The launcher is gone, or the process could not be made (`retryable`).
@@ -154,9 +168,8 @@ class Spawner:
         with self._lock:
             uid = _FIRST_UID + self._num_spawned % _NUM_UIDS if self._is_root else None
             self._num_spawned += 1
-            request = json.dumps(
-                {"argv": list(argv), "limits": {**_limits(fds), **limits}, "uid": uid}
-            ).encode()
+            wanted = {"argv": list(argv), "limits": {**_limits(fds), **limits}, "uid": uid}
+            request = json.dumps({**wanted, "from_template": from_template}).encode()
             try:
                 if len(request) > MAX_PACKET_BYTES:
                     raise BootError("a VMM's arguments are too long")
@@ -170,7 +183,8 @@ class Spawner:
             reason = json.loads(reply)["error"] if reply else self._last_words()
             raise BootError(f"cannot start a VMM: {reason}", retryable=True)
         self._remove_nodes()  # the launcher runs, so they are mounted, and nothing is left if we are killed
-        return Child(_pid_of(pidfds[0]), pidfds[0], log_fd)
+        is_fork = bool(json.loads(reply)["from_template"])
+        return Child(_pid_of(pidfds[0]), pidfds[0], log_fd, is_fork)
 
     def close(self) -> None:
         """Ends the launcher and with it every VMM; returns when they are gone. Idempotent."""
@@ -277,11 +291,21 @@ def _wall(view: Sequence[str], *, as_root: bool) -> list[str]:
         *([] if as_root else ["--unshare-user"]),
         *("--as-pid-1", "--cap-drop", "ALL", *capabilities),
         *("--proc", "/proc", "--dev", "/dev", *binds, *view),
-        *("--ro-bind", launcher_module.__file__, _LAUNCHER_PATH, "--chdir", "/"),
+        *_launcher_binds(),
+        *("--chdir", "/"),
         *("--remount-ro", VIEW_FOLDER, "--remount-ro", "/"),
         *("--", str(python / "bin" / _python_name())),
-        *("-I", "-S", _LAUNCHER_PATH),
+        *("-I", "-S", "-c", _LAUNCH),
     ]
+
+
+def _launcher_binds() -> list[str]:
+    """Shows the launcher its own modules, under their names, and nothing else of this package."""
+    binds: list[str] = []
+    for module in _LAUNCHER_MODULES:
+        inside = f"{_LAUNCHER_FOLDER}/{module.__name__.replace('.', '/')}.py"
+        binds += ["--ro-bind", str(module.__file__), inside]
+    return binds
 
 
 def _python_name() -> str:

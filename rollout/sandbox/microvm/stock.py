@@ -207,6 +207,7 @@ class Stocks:
                     shape,
                     files,
                     base.ram_fd,
+                    from_template=self._config.reuse_vmms,
                     use_scan=self._use_scan,
                     timeout_s=self._config.fork_timeout_s,
                 )

@@ -124,6 +124,7 @@ class TinyGuests:
         return Vmm.start(
             *(self._spawner, self._shape, self._files, self._ram_fd),
             make_base=make_base,
+            from_template=not make_base,
             use_scan=has_pagemap_scan(),
             timeout_s=_TIMEOUT_S,
         )

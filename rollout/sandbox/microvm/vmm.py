@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollout.errors import BootError, CheckpointError, ForkError
+from rollout.sandbox.microvm.confinement import FIRST_FD
 from rollout.sandbox.microvm.device_state import without_code_flush
 from rollout.sandbox.microvm.ends import VmmEnds
-from rollout.sandbox.microvm.launcher import FIRST_FD
 from rollout.sandbox.microvm.machine import STATE_SET, MachineShape, Start, qemu_argv
 from rollout.sandbox.microvm.memory import GuestMemory, PageNumbers, Pages
 from rollout.sandbox.microvm.qmp import QmpClient, QmpError
@@ -123,12 +123,14 @@ class Vmm:
         ram_fd: int,
         *,
         make_base: bool = False,
+        from_template: bool = False,
         use_scan: bool,
         timeout_s: float,
     ) -> Vmm:
         """Starts a VMM: dormant on the base `ram_fd`, or booting into it when `make_base`.
 
-        The memory file stays the caller's and open as long as the VMM is used.
+        The memory file stays the caller's and open as long as the VMM is used. `from_template` is that of
+        `Spawner.spawn`.
 
         Raises:
             BootError: It did not come up in time; its own last words are in the message.
@@ -153,7 +155,8 @@ class Vmm:
         child: Child | None = None
         client = QmpClient(ends.qmp)
         try:
-            child = spawner.spawn(qemu_argv(shape, start), ends.far_fds(ram_fd), _LIMITS)
+            argv, fds = qemu_argv(shape, start), ends.far_fds(ram_fd)
+            child = spawner.spawn(argv, fds, _LIMITS, from_template=from_template)
             ends.has_started()
             client.negotiate(timeout_s)
         except (QmpError, BootError) as error:

@@ -1,0 +1,184 @@
+"""Processes that have a program loaded and wait to become copies of it. Pure, standard library only.
+
+Half of the time in which QEMU starts goes into its dynamic linking: 236,000 relocations, which also make
+almost five megabytes of memory private in each process. So a program is loaded once, and held before its
+first instruction; each VMM is a fork of that *template*, which shares what was relocated, and confines itself
+before it goes on. Nothing of the program is patched: what holds it is a shared object, `stub_object`, that
+the dynamic linker is asked to load first (`LD_PRELOAD`), and whose initialiser runs before any other code,
+while there is one thread.
+
+The stub serves packets on `CONTROL_FD`. It first sends the address of its buffer, as eight bytes. Each packet
+that it gets is of `packed`, with descriptors, which get the lowest free numbers, from `CONTROL_FD + 1` on. It
+forks (`clone`, with the packet's flags), answers with the new process id or the negative error number, and
+waits for the next. The fork carries out the packet's system calls and returns from the initialiser; if one
+fails that may not, it says so on its standard error and ends. When the socket is closed the template ends.
+
+What forks share beyond memory that nobody can change: where everything is in their address space, and the
+secret of their stack protectors. Who has taken one of them over knows these of the others.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from rollout.sandbox.microvm.confinement import Filter, SystemCall, filter_header
+
+__all__ = ["CONTROL_FD", "FORK_FLAGS", "MAX_FDS", "MAX_SCRIPT_BYTES", "STUB_FD", "packed", "stub_object"]
+
+CONTROL_FD = 3
+STUB_FD = 4
+"""Where a template finds its stub when it is executed; closed once it waits."""
+MAX_FDS = 16
+MAX_SCRIPT_BYTES = 1 << 16
+
+_CLONE_PARENT = 0x00008000
+_CLONE_CHILD_CLEARTID, _CLONE_CHILD_SETTID = 0x00200000, 0x01000000
+FORK_FLAGS = _CLONE_PARENT | _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
+"""Flags of `clone` beside its namespaces: the fork is a child of who started the template, and the C library
+learns its new thread id, as in its own `fork`."""
+_CALL = struct.Struct("8Q")  # number, six arguments, whether it may fail
+
+
+def packed(calls: Sequence[SystemCall], flags: int, address: int) -> bytes:
+    """A packet for a template.
+
+    Args:
+        calls: What the fork does, one at least.
+        flags: Of `clone`.
+        address: Of the template's buffer, where pointers will point.
+
+    Raises:
+        ValueError: It does not fit into the buffer.
+    """
+    header = struct.pack("QQ", flags, len(calls))
+    data_at = address + len(header) + len(calls) * _CALL.size
+    table, data = bytearray(), bytearray()
+
+    def point_to(content: bytes) -> int:
+        data.extend(bytes(-len(data) % 8))
+        place = data_at + len(data)
+        data.extend(content)
+        return place
+
+    for call in calls:
+        numbers: list[int] = []
+        for argument in call.arguments:
+            if isinstance(argument, Filter):
+                numbers.append(point_to(filter_header(argument, point_to(argument))))
+            else:
+                numbers.append(point_to(argument) if isinstance(argument, bytes) else argument)
+        numbers += [0] * (6 - len(numbers))
+        table += _CALL.pack(call.number, *numbers, call.may_fail)
+    packet = header + bytes(table + data)
+    if len(packet) > MAX_SCRIPT_BYTES:
+        raise ValueError(f"a script of {len(packet)} bytes is longer than {MAX_SCRIPT_BYTES}")
+    return packet
+
+
+_CODE_AT, _DYNAMIC_AT, _DATA_AT, _BUFFER_AT = 0x200, 0x1000, 0x1200, 0x1300
+_WORDS = b"cannot confine a VMM: a call was refused\n"
+# Offsets in the data: the answer; the thread id's address; a msghdr (iov, its number, control, its length);
+# an iovec; room for descriptors.
+_CODE: tuple[tuple[str, str, str], ...] = (
+    # label or machine code; what a relative displacement that follows refers to; what it is
+    ("53 55 41 54 41 55", "", "push rbx, rbp, r12, r13"),
+    ("48 8d 2d", "data", "lea rbp, [data]"),
+    ("48 8d 1d", "buffer", "lea rbx, [buffer]"),
+    ("48 89 5d 00", "", "mov [rbp], rbx: the first answer is the buffer's address"),
+    ("48 8d 45 60", "", "lea rax, [rbp+0x60]"),
+    ("48 89 45 20", "", "mov [rbp+0x20], rax: msg_iov"),
+    ("48 89 5d 60", "", "mov [rbp+0x60], rbx: iov_base"),
+    ("48 c7 45 68 00 00 01 00", "", "mov qword [rbp+0x68], 0x10000: iov_len"),
+    ("48 c7 45 28 01 00 00 00", "", "mov qword [rbp+0x28], 1: msg_iovlen"),
+    ("48 8d 85 80 00 00 00", "", "lea rax, [rbp+0x80]"),
+    ("48 89 45 30", "", "mov [rbp+0x30], rax: msg_control"),
+    ("b8 9d 00 00 00 bf 28 00 00 00", "", "mov eax, 157 (prctl); mov edi, 40 (PR_GET_TID_ADDRESS)"),
+    ("48 8d 75 08 31 d2 45 31 d2 45 31 c0", "", "lea rsi, [rbp+8]; xor edx, edx; r10d; r8d"),
+    ("0f 05 48 85 c0", "", "syscall; test rax, rax"),
+    ("0f 88", "leave", "js leave"),
+    ("answer:", "", ""),
+    ("b8 01 00 00 00 bf 03 00 00 00", "", "mov eax, 1 (write); mov edi, CONTROL_FD"),
+    ("48 89 ee ba 08 00 00 00 0f 05", "", "mov rsi, rbp; mov edx, 8; syscall"),
+    ("b8 b4 01 00 00 bf 04 00 00 00", "", "mov eax, 436 (close_range); mov edi, CONTROL_FD + 1"),
+    ("be ff ff ff ff 31 d2 0f 05", "", "mov esi, -1; xor edx, edx; syscall"),
+    ("48 c7 45 38 80 00 00 00", "", "mov qword [rbp+0x38], 0x80: msg_controllen"),
+    ("b8 2f 00 00 00 bf 03 00 00 00", "", "mov eax, 47 (recvmsg); mov edi, CONTROL_FD"),
+    ("48 8d 75 10 31 d2 0f 05 48 85 c0", "", "lea rsi, [rbp+0x10]; xor edx, edx; syscall; test rax, rax"),
+    ("0f 8e", "leave", "jle leave: nobody is there any more"),
+    ("b8 38 00 00 00 48 8b 3b 31 f6 31 d2", "", "mov eax, 56 (clone); mov rdi, [rbx]; xor esi, esi; edx"),
+    ("4c 8b 55 08 45 31 c0 0f 05", "", "mov r10, [rbp+8]; xor r8d, r8d; syscall"),
+    ("48 89 45 00 48 85 c0", "", "mov [rbp], rax; test rax, rax"),
+    ("0f 85", "answer", "jnz answer: this is the template"),
+    ("4c 8b 63 08 4c 8d 6b 10", "", "mov r12, [rbx+8]: number of calls; lea r13, [rbx+16]: the first"),
+    ("next:", "", ""),
+    ("49 8b 45 00 49 8b 7d 08 49 8b 75 10", "", "mov rax, [r13]; rdi, [r13+8]; rsi, [r13+16]"),
+    ("49 8b 55 18 4d 8b 55 20", "", "mov rdx, [r13+24]; r10, [r13+32]"),
+    ("4d 8b 45 28 4d 8b 4d 30", "", "mov r8, [r13+40]; r9, [r13+48]"),
+    ("0f 05 48 85 c0", "", "syscall; test rax, rax"),
+    ("0f 89", "passed", "jns passed"),
+    ("49 83 7d 38 00", "", "cmp qword [r13+56], 0: may it fail?"),
+    ("0f 84", "refused", "je refused"),
+    ("passed:", "", ""),
+    ("49 83 c5 40 49 ff cc", "", "add r13, 64; dec r12"),
+    ("0f 85", "next", "jnz next"),
+    ("41 5d 41 5c 5d 5b c3", "", "pop r13, r12, rbp, rbx; ret: on to the program"),
+    ("refused:", "", ""),
+    ("b8 01 00 00 00 bf 02 00 00 00", "", "mov eax, 1 (write); mov edi, 2"),
+    ("48 8d 35", "words", "lea rsi, [words]"),
+    (f"ba {len(_WORDS):02x} 00 00 00 0f 05", "", "mov edx, their length; syscall"),
+    ("leave:", "", ""),
+    ("b8 e7 00 00 00 bf 7f 00 00 00 0f 05", "", "mov eax, 231 (exit_group); mov edi, 127; syscall"),
+)
+
+
+def _assembled() -> bytes:
+    """The stub's code and the words after it; each reference is four bytes relative to their end."""
+    places, size = {"data": _DATA_AT, "buffer": _BUFFER_AT}, 0
+    for code, target, _ in _CODE:
+        if code.endswith(":"):
+            places[code[:-1]] = _CODE_AT + size
+        else:
+            size += len(bytes.fromhex(code)) + (4 if target else 0)
+    places["words"] = _CODE_AT + size
+    out = bytearray()
+    for code, target, _ in _CODE:
+        if code.endswith(":"):
+            continue
+        out += bytes.fromhex(code)
+        if target:
+            out += struct.pack("<i", places[target] - (_CODE_AT + len(out) + 4))
+    return bytes(out) + _WORDS
+
+
+def stub_object() -> bytes:
+    """The shared object: an ELF file with one page of code, and one of data that goes on as the buffer.
+
+    Source of the fields: the System V ABI, "Object Files" and "Program Loading and Dynamic Linking".
+    """
+    load, dynamic, stack = 1, 2, 0x6474E551
+    reads, writes, executes = 4, 2, 1
+    end_of_data = _BUFFER_AT + MAX_SCRIPT_BYTES
+    tags = {
+        5: 0x1F8,
+        6: 0x1E0,
+        10: 1,
+        11: 24,
+        12: _CODE_AT,
+        0: 0,
+    }  # STRTAB, SYMTAB, STRSZ, SYMENT, INIT, NULL
+    tables = b"".join(struct.pack("<QQ", *entry) for entry in tags.items())
+    segments = [
+        (load, reads | executes, 0, 0x1000, 0x1000, 0x1000),
+        (load, reads | writes, 0x1000, _BUFFER_AT - 0x1000, end_of_data - 0x1000, 0x1000),
+        (dynamic, reads | writes, _DYNAMIC_AT, len(tables), len(tables), 8),
+        (stack, reads | writes, 0, 0, 0, 16),  # without it the linker makes stacks executable
+    ]
+    identity = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)  # 64 bits, little-endian
+    shared_object, x86_64, version = 3, 62, 1
+    sizes = (64, 56, len(segments), 64, 0, 0)  # of this header, of a segment's, how many; no sections
+    header = identity + struct.pack("<HHIQQQIHHHHHH", shared_object, x86_64, version, 0, 64, 0, 0, *sizes)
+    for kind, flags, place, file_bytes, memory_bytes, align in segments:
+        header += struct.pack("<IIQQQQQQ", kind, flags, place, place, place, file_bytes, memory_bytes, align)
+    code = header.ljust(_CODE_AT, b"\0") + _assembled()
+    return (code.ljust(_DYNAMIC_AT, b"\0") + tables).ljust(_BUFFER_AT, b"\0")

@@ -1,0 +1,124 @@
+"""Processes that are forks of one that has their program loaded: that they are whole, and what goes wrong."""
+
+from __future__ import annotations
+
+import select
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rollout.sandbox.microvm.confinement import Filter, SystemCall
+from rollout.sandbox.microvm.spawner import Child, Spawner
+from rollout.sandbox.microvm.template import MAX_SCRIPT_BYTES, packed, stub_object
+
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+DEADLINE_S = 30.0
+WAITS = "sleep"
+ADDRESS = 0x7000_0000
+
+
+@pytest.fixture
+def program() -> str:
+    return str(Path(shutil.which(WAITS) or f"/bin/{WAITS}").resolve())
+
+
+@pytest.fixture
+def spawner(program: str) -> Iterator[Spawner]:
+    spawner = Spawner({}, programs=[program])
+    yield spawner
+    spawner.close()
+
+
+def template_of(child: Child) -> psutil.Process:
+    """The process that the child is a fork of: the other child of the launcher."""
+    launcher = psutil.Process(child.pid).parent()
+    assert launcher is not None
+    [template] = [each for each in launcher.children() if each.pid != child.pid]
+    return template
+
+
+def end(child: Child) -> None:
+    child.kill()
+    assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
+    child.close()
+
+
+@needs_bubblewrap
+@pytest.mark.xdist_group("microvm")
+def test_another_template_takes_the_place_of_one_that_was_killed(spawner: Spawner, program: str) -> None:
+    first = spawner.spawn([program, "60"], [], {}, from_template=True)
+    template = template_of(first)
+    template.kill()
+    second = spawner.spawn([program, "60"], [], {}, from_template=True)
+    assert first.is_fork
+    assert second.is_fork
+    assert not first.has_ended, "what was forked lives on without its template"
+    end(first)
+    assert template_of(second).pid != template.pid
+    end(second)
+
+
+@needs_bubblewrap
+@pytest.mark.xdist_group("microvm")
+def test_forks_share_what_was_relocated(spawner: Spawner, program: str) -> None:
+    executed = spawner.spawn([program, "60"], [], {})
+    forked = [spawner.spawn([program, "60"], [], {}, from_template=True) for _ in range(2)]
+    for child in (executed, *forked):
+        assert Path(f"/proc/{child.pid}/cmdline").read_bytes() == f"{program}\060\0".encode()
+    own, shared = (psutil.Process(child.pid).memory_full_info().uss for child in (executed, forked[0]))
+    assert shared < own
+    for child in (executed, *forked):
+        end(child)
+
+
+@needs_bubblewrap
+@pytest.mark.xdist_group("microvm")
+def test_a_program_that_no_template_can_hold_is_executed(tmp_path: Path, program: str) -> None:
+    tmp_path.chmod(0o755)
+    shutil.copy(program, tmp_path / WAITS)  # VMMs see it, but the launcher, which starts templates, does not
+    spawner = Spawner({"/elsewhere": tmp_path}, programs=[program])
+    try:
+        for _ in range(2):
+            child = spawner.spawn([f"/elsewhere/{WAITS}", "60"], [], {}, from_template=True)
+            assert not child.is_fork
+            assert not select.select([child.pidfd], [], [], 0.2)[0], child.log()
+            end(child)
+    finally:
+        spawner.close()
+
+
+def test_a_packet_points_into_itself() -> None:
+    calls = [
+        SystemCall("one", 157, (22, 2, Filter(b"12345678"), 0, 0)),
+        SystemCall("two", 161, (b"/vmm\0",), may_fail=True),
+    ]
+    packet = packed(calls, 17, ADDRESS)
+    assert struct.unpack_from("QQ", packet) == (17, 2)
+    number, _, _, header_at, *_, may_fail = struct.unpack_from("8Q", packet, 16)
+    assert (number, may_fail) == (157, 0)
+    length, filter_at = struct.unpack_from("HxxxxxxQ", packet, header_at - ADDRESS)
+    assert length == 1
+    assert packet[filter_at - ADDRESS :][:8] == b"12345678"
+    number, path_at, *_, may_fail = struct.unpack_from("8Q", packet, 16 + 64)
+    assert (number, may_fail) == (161, 1)
+    assert packet[path_at - ADDRESS :][:5] == b"/vmm\0"
+
+
+def test_a_packet_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="is longer than"):
+        packed([SystemCall("one", 1, (bytes(MAX_SCRIPT_BYTES),))], 17, ADDRESS)
+
+
+def test_the_stub_asks_for_no_executable_stack() -> None:
+    stub = stub_object()
+    assert stub.startswith(b"\x7fELF")
+    segments = [struct.unpack_from("<II", stub, 64 + 56 * k) for k in range(4)]
+    writable_and_executable = 2 | 1
+    assert all(flags & writable_and_executable != writable_and_executable for _, flags in segments)
+    assert 0x6474E551 in {kind for kind, _ in segments}, (
+        "without this segment the linker makes stacks executable"
+    )
