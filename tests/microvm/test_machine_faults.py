@@ -57,8 +57,8 @@ class Killer:
     def when_started(self) -> None:
         real = Spawner.spawn
 
-        def spawn(spawner: Spawner, *args: Any) -> Any:
-            child = real(spawner, *args)
+        def spawn(spawner: Spawner, *args: Any, **options: Any) -> Any:
+            child = real(spawner, *args, **options)
             self.strike(child.pid)
             return child
 

@@ -37,7 +37,8 @@ def template_of(child: Child) -> psutil.Process:
     """The process that the child is a fork of: the other child of the launcher."""
     launcher = psutil.Process(child.pid).parent()
     assert launcher is not None
-    [template] = [each for each in launcher.children() if each.pid != child.pid]
+    others = [each for each in launcher.children() if each.pid != child.pid]
+    [template] = [each for each in others if each.status() != psutil.STATUS_ZOMBIE]
     return template
 
 
@@ -68,7 +69,7 @@ def test_forks_share_what_was_relocated(spawner: Spawner, program: str) -> None:
     executed = spawner.spawn([program, "60"], [], {})
     forked = [spawner.spawn([program, "60"], [], {}, from_template=True) for _ in range(2)]
     for child in (executed, *forked):
-        assert Path(f"/proc/{child.pid}/cmdline").read_bytes() == f"{program}\060\0".encode()
+        assert Path(f"/proc/{child.pid}/cmdline").read_text().split("\0") == [program, "60", ""]
     own, shared = (psutil.Process(child.pid).memory_full_info().uss for child in (executed, forked[0]))
     assert shared < own
     for child in (executed, *forked):

@@ -3,6 +3,7 @@
 Reading order: `machine` (what a VMM is started with), `memory` (which guest pages are private, and how they
 are moved), `vmm` (one VMM: start, assign, rewind, save, stop), `rewind` (how a used one becomes another
 checkpoint), `snapshot` (what a checkpoint holds), `base`, `pool`, `reviver` (from a snapshot to a machine
-that has shaken hands), `sandbox`, `engine`. Beside them: `spawner` and `launcher` (the jail), `room` and
-`limits` (memory and CPU time), `transfer` and `export` (checkpoints on the move), `tiny_guest` (for KVM).
+that has shaken hands), `sandbox`, `engine`. Beside them: `spawner`, `launcher`, `confinement` and `template`
+(how a VMM begins, in its jail), `room` and `limits` (memory and CPU time), `transfer` and `export`
+(checkpoints on the move), `tiny_guest` (for KVM).
 """

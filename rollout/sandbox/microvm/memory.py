@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rollout.errors import CheckpointError
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES
 
-__all__ = ["GuestMemory", "PageNumbers", "Pages", "has_pagemap_scan", "map_pages", "runs"]
+__all__ = ["GuestMemory", "PageNumbers", "Pages", "has_pagemap_scan", "map_pages", "room_for", "runs"]
 
 Pages = NDArray[np.uint8]
 """Page contents, shape [num_pages, 4096]."""
@@ -120,13 +120,19 @@ class GuestMemory:
         except OSError as error:
             raise CheckpointError.wrap(error, f"cannot read the page map of VMM {self.pid}") from error
 
-    def read(self, numbers: PageNumbers) -> Pages:
+    def read(self, numbers: PageNumbers, room: Pages | None = None) -> Pages:
         """Copies pages out.
+
+        Args:
+            numbers: Which, shape [n].
+            room: Where they may go, if they fit; what is returned is then a part of it.
 
         Raises:
             CheckpointError: The VMM is gone.
         """
-        pages = np.empty((len(numbers), GUEST_PAGE_BYTES), np.uint8)
+        if room is None or len(room) < len(numbers):
+            room = np.empty((len(numbers), GUEST_PAGE_BYTES), np.uint8)
+        pages = room[: len(numbers)]
         self._move("process_vm_readv", numbers, pages)
         return pages
 
@@ -200,6 +206,16 @@ def _numbers(firsts: NDArray[np.uint64], ends: NDArray[np.uint64]) -> PageNumber
     lengths = ends - firsts
     begins = np.cumsum(lengths) - lengths  # where each region's pages begin in the result
     return (np.repeat(firsts - begins, lengths.astype(np.int64)) + np.arange(lengths.sum())).astype(np.uint32)
+
+
+def room_for(num_pages: int) -> Pages:
+    """Room for pages, shape [num_pages, 4096], that the kernel has given already.
+
+    Half of the time of a copy into new memory goes into page faults.
+    """
+    room = np.empty((num_pages, GUEST_PAGE_BYTES), np.uint8)
+    room[:, 0] = 0
+    return room
 
 
 def map_pages(ram_fd: int, size_bytes: int) -> Pages:

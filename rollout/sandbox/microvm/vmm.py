@@ -25,7 +25,7 @@ from rollout.sandbox.microvm.confinement import FIRST_FD
 from rollout.sandbox.microvm.device_state import without_code_flush
 from rollout.sandbox.microvm.ends import VmmEnds
 from rollout.sandbox.microvm.machine import STATE_SET, MachineShape, Start, qemu_argv
-from rollout.sandbox.microvm.memory import GuestMemory, PageNumbers, Pages
+from rollout.sandbox.microvm.memory import GuestMemory, PageNumbers, Pages, room_for
 from rollout.sandbox.microvm.qmp import QmpClient, QmpError
 from rollout.sandbox.microvm.rewind import Rewinder
 from rollout.sandbox.microvm.spawner import Child, Spawner
@@ -38,6 +38,8 @@ _SAVE = "xen-save-devices-state"
 """In every build, whatever its name says."""
 _INTERRUPTS, _INTERRUPT_S = 3, 0.0005
 """How often and how long a machine may go on to take a pending interrupt before it is saved."""
+_MIN_MORE_PAGES = 128
+"""What a machine may at least have written since its pages were counted, for its next save to find room."""
 _MAX_REWINDS = 1000
 """Uses of one process, so that whatever QEMU might not give back stays bounded."""
 _LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
@@ -108,6 +110,7 @@ class Vmm:
         self._state_fds = state_fds
         self._rewinder = rewinder
         self._num_rewinds = 0
+        self._num_private = 0
         self._ram_fd = ram_fd
         self._size_bytes = size_bytes
         self._use_scan = use_scan
@@ -210,6 +213,7 @@ class Vmm:
             os.close(write_fd)
             write_fd = -1
             self.memory.write(page_numbers, pages)
+            self._num_private = len(page_numbers)
             self._qmp.forget_events()
             self._qmp.execute("getfd", {"fdname": "state"}, fds=[read_fd], timeout_s=timeout_s)
             self._qmp.execute("migrate-incoming", {"uri": "fd:state"}, timeout_s=timeout_s)
@@ -346,13 +350,15 @@ class Vmm:
 
         Its memory is read while the VMM writes its device state: neither changes what the other reads.
         """
+        room = room_for(self._num_private + max(_MIN_MORE_PAGES, self._num_private // 4))
         begun_s = time.perf_counter()
         self._qmp.send("stop", timeout_s=timeout_s)
         self._send_save(timeout_s)
         self._qmp.receive("stop", timeout_s)
         numbers = self.memory.private_pages()
-        pages = self.memory.read(numbers)
+        pages = self.memory.read(numbers, room)
         device_state = self._receive_save(timeout_s)
+        self._num_private = len(numbers)
         return RawState(device_state, numbers, pages, time.perf_counter() - begun_s)
 
     def _save_devices(self, timeout_s: float) -> bytes:
