@@ -316,6 +316,17 @@ class Engine(Protocol):
         """
         ...
 
+    async def rebase(self, checkpoint: Checkpoint) -> None:
+        """Says that very many sandboxes will descend from a checkpoint; nothing else about it changes.
+
+        An engine may take time and memory once to make its forks, and what descends from them, cheaper.
+
+        Raises:
+            BootError: There is no memory for it; the checkpoint is as before.
+            CheckpointError: It is unknown or damaged, where the engine looks.
+        """
+        ...
+
     async def discard(self, checkpoint: Checkpoint) -> None:
         """Frees what a checkpoint holds.
 

@@ -129,9 +129,11 @@ class LocalBrancher:
                 sandbox = await self._phases.within(self._limits.boot_timeout_s, BootError, "the boot", boot)
                 try:
                     await self._phases.call("making the environment", self._env.prepare(sandbox))
-                    self._prepared = await self._phases.save(sandbox)
+                    prepared = await self._phases.save(sandbox)
                 finally:
                     await sandbox.kill()
+                await self._engine.rebase(prepared)
+                self._prepared = prepared
             return self._prepared
 
     async def open(self, task: Task, seed: int) -> Opening:

@@ -148,6 +148,9 @@ class InlineEngine:
             self._trusted.pop(recipe, None)
             self.trust(recipe)
 
+    async def rebase(self, checkpoint: Checkpoint) -> None:
+        """See `Engine.rebase`; a copy costs the same whatever was copied before."""
+
     async def discard(self, checkpoint: Checkpoint) -> None:
         """Frees what a checkpoint holds. Idempotent."""
         record = self._records.pop(checkpoint.id, None)

@@ -83,13 +83,16 @@ def in_another_process(location: Path | str, name: str, cache: Path) -> dict[str
 class TestMachines:
     pytestmark = needs_vm
 
+    @pytest.mark.parametrize("rebases", [False, True])
     async def test_a_lineage_goes_on_in_another_process_with_an_empty_cache(
-        self, engine: MicroVMEngine, lake: MicroVMSandbox, tmp_path: Path
+        self, engine: MicroVMEngine, lake: MicroVMSandbox, tmp_path: Path, rebases: bool
     ) -> None:
         lineage, expected, sandbox = [], [], lake
         for depth in range(3):
             await sandbox.write_file("/tmp/note", f"depth {depth}".encode())
             lineage.append(await sandbox.checkpoint())
+            if rebases and depth < 2:
+                await engine.rebase(lineage[-1])
             [twin] = await engine.fork(lineage[-1], randomness=[INHERIT])
             step = await twin.call("env.step", action=1)
             assert isinstance(step, dict)

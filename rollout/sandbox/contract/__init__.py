@@ -50,6 +50,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     forks.check_another_life,
     forks.check_depth,
     forks.check_siblings,
+    forks.check_rebase,
     forks.check_exactly_n,
     forks.check_hibernate,
     forks.check_kill,

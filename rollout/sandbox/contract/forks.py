@@ -44,6 +44,27 @@ async def check_checkpoint(engine: Engine) -> None:
     require(again.parent_id == checkpoint.id and again.id != checkpoint.id, "checkpoints form a tree")
 
 
+async def check_rebase(engine: Engine) -> None:
+    """A checkpoint that became a base is what it was, for whatever came or comes from it."""
+    sandbox = await lake(engine, seed=5)
+    await sandbox.write_file("note", b"before")
+    checkpoint = await sandbox.checkpoint()
+    [early] = await engine.fork(checkpoint, 1, randomness=[INHERIT])
+    child = await early.checkpoint()
+    expected = await play(sandbox, [1, 2, 1, 2])
+    for _ in range(2):
+        await engine.rebase(checkpoint)
+        [late] = await engine.fork(checkpoint, 1, randomness=[INHERIT])
+        require(late.parent_id == checkpoint.id, "it has the name that it had")
+        require(await late.read_file("note") == b"before", "and its files")
+        require(await play(late, [1, 2]) == expected[:2], "a clone continues what was saved")
+        [deep] = await engine.fork(await late.checkpoint(), 1, randomness=[INHERIT])
+        require(await play(deep, [1, 2]) == expected[2:], "and so do clones of its clones")
+    require(await play(early, [1, 2]) == expected[:2], "a clone that was there before is as it was")
+    [of_child] = await engine.fork(child, 1, randomness=[INHERIT])
+    require(await play(of_child, [1, 2]) == expected[:2], "and so is its checkpoint")
+
+
 async def check_checkpoint_again(engine: Engine) -> None:
     """One sandbox is saved again and again, and every one of its checkpoints is whole."""
     sandbox = await lake(engine, seed=5)

@@ -31,8 +31,9 @@ import zstandard
 from rollout.errors import BootError, CheckpointError
 from rollout.sandbox.image.store import Image
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES, KERNEL_COMMAND_LINE, MachineShape
+from rollout.sandbox.microvm.memory import PageNumbers, Pages
 
-__all__ = ["Base", "BaseStore", "base_key", "new_memory_file"]
+__all__ = ["Base", "BaseStore", "base_key", "derived_base", "new_memory_file"]
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _CHUNK_PAGES = 4096
@@ -88,6 +89,35 @@ def new_memory_file(size_bytes: int) -> int:
         os.close(fd)
         raise BootError.wrap(error, "cannot make guest memory") from error
     return fd
+
+
+def derived_base(base: Base, device_state: bytes, numbers: PageNumbers, pages: Pages) -> Base:
+    """A copy of a base in which some pages are others: the memory of a checkpoint on it, as a base itself.
+
+    It is in memory only. Its key is the old one's.
+
+    Args:
+        base: The old one.
+        device_state: What QEMU saved of the checkpoint.
+        numbers: Pages that are others, shape [n], ascending.
+        pages: Their contents, shape [n, 4096].
+
+    Raises:
+        BootError: There is no memory for it.
+    """
+    fd = new_memory_file(os.fstat(base.ram_fd).st_size)
+    try:
+        for offset, data in _extents(base.ram_fd):
+            os.pwrite(fd, data, offset)
+        if len(numbers):
+            _write_runs(fd, numbers, pages.tobytes())
+    except OSError as error:
+        os.close(fd)
+        raise BootError.wrap(error, "there is no memory for another base") from error
+    _seal(fd)
+    content = hashlib.sha256(numbers.tobytes() + pages.tobytes() + device_state).hexdigest()
+    digest = hashlib.sha256(f"{base.digest}:{content}".encode()).hexdigest()[:32]
+    return Base(base.key, digest, fd, device_state, os.fstat(fd).st_blocks * 512)
 
 
 class BaseStore:

@@ -139,6 +139,17 @@ class MicroVMEngine:
             raise error
         raise ForkError.wrap(error, "a clone could not be made") from error
 
+    async def rebase(self, checkpoint: Checkpoint) -> None:
+        """See `Engine.rebase`: its memory becomes a base, which every later fork of it shares."""
+        self._require_open()
+        snapshot, stock = self._find(checkpoint)
+        if not self._reviver.room.has_spare(stock.base.resident_bytes):
+            return  # it costs what it saves
+        with self._timed("rebase"):
+            derived = await self._stocks.derive(stock, snapshot)
+            await stock.pool.drain()  # most forks will want the other
+        self._snapshots[checkpoint.id] = (derived.snapshot, derived)
+
     async def discard(self, checkpoint: Checkpoint) -> None:
         """Frees a checkpoint; see `Engine.discard`."""
         self._snapshots.pop(checkpoint.id, None)

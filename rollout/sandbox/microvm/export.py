@@ -11,20 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rollout.errors import BootError, CheckpointError
 from rollout.sandbox.base import Checkpoint
 from rollout.sandbox.image.store import FILES, ImageStore
 from rollout.sandbox.microvm.base import BaseStore
 from rollout.sandbox.microvm.engine import MicroVMEngine
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES
-from rollout.sandbox.microvm.snapshot import PageBlock, Snapshot
+from rollout.sandbox.microvm.snapshot import PageBlock, RawCache, Snapshot
 from rollout.sandbox.microvm.stock import Stock
 from rollout.sandbox.microvm.transfer import Depot, snapshot_from_parts, snapshot_parts
+from rollout.sandbox.microvm.vmm import RawState
 
 __all__ = ["export_checkpoints", "import_checkpoint"]
 
 _BASE_FILES = frozenset({"pages.zst", "numbers.npy", "state.zst"})
 _MAX_LINEAGE = 10_000
+_CACHE_BYTES = 256 << 20
 
 
 async def export_checkpoints(
@@ -46,11 +50,52 @@ async def export_checkpoints(
         CheckpointError: One is unknown to the engine, or the folder cannot be written.
     """
     depot = Depot(location)
-    held = [(checkpoint, *engine.content_of(checkpoint)) for checkpoint in checkpoints]
-    for checkpoint, snapshot, stock in held:
-        await engine.in_thread(
-            lambda each=checkpoint, content=snapshot, of=stock: _export(depot, each, content, of, origin)
-        )
+    held = {checkpoint.id: (checkpoint, *engine.content_of(checkpoint)) for checkpoint in checkpoints}
+    cache = RawCache(_CACHE_BYTES)
+    written: dict[str, Snapshot] = {}
+
+    def export_one(checkpoint: Checkpoint, snapshot: Snapshot, stock: Stock) -> None:
+        parent = written.get(checkpoint.parent_id or "")
+        content, root = _on_root(snapshot, stock, parent, cache)
+        _export(depot, checkpoint, content, root, origin)
+        written[checkpoint.id] = content
+
+    for name in _parents_first({name: each[0].parent_id for name, each in held.items()}):
+        await engine.in_thread(lambda each=held[name]: export_one(*each))
+
+
+def _parents_first(parents: Mapping[str, str | None]) -> list[str]:
+    """Names of checkpoints, each after its parent."""
+    depths: dict[str, int] = {}
+    for name in parents:
+        path = [name]
+        while (above := parents[path[-1]]) is not None and above in parents and above not in depths:
+            path.append(above)
+        for below in reversed(path):
+            depths[below] = depths.get(parents[below] or "", 0) + 1
+    return sorted(parents, key=lambda name: depths[name])
+
+
+def _on_root(
+    snapshot: Snapshot, stock: Stock, parent: Snapshot | None, cache: RawCache
+) -> tuple[Snapshot, Stock]:
+    """A snapshot as one on the base that is on disk, which other machines can have, and that base's stock.
+
+    Args:
+        snapshot: On the base of `stock`.
+        stock: It may be derived from another.
+        parent: On the base that is on disk: what to share pages with.
+        cache: Pages at hand.
+    """
+    while stock.root is not None and stock.root_content is not None:
+        under, root = stock.root_content, stock.root
+        numbers = np.union1d(under.page_numbers, snapshot.page_numbers)
+        pages = np.empty((len(numbers), GUEST_PAGE_BYTES), np.uint8)
+        pages[np.searchsorted(numbers, under.page_numbers)] = under.unpack_pages(cache, root.pages)
+        pages[np.searchsorted(numbers, snapshot.page_numbers)] = snapshot.unpack_pages(cache, stock.pages)
+        raw = RawState(snapshot.unpack_device_state(), numbers, pages, 0.0)
+        snapshot, stock = Snapshot.of(raw, parent, cache, root.pages), root
+    return snapshot, stock
 
 
 def _export(

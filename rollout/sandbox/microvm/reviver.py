@@ -15,12 +15,13 @@ from rollout.config import EngineConfig
 from rollout.errors import CheckpointError, ForkError, RolloutError
 from rollout.sandbox.base import PhaseTimings
 from rollout.sandbox.client import GuestClient
+from rollout.sandbox.microvm.boot import InThread
 from rollout.sandbox.microvm.limits import VmmLimits
 from rollout.sandbox.microvm.pool import Ready, become
 from rollout.sandbox.microvm.room import Idler, Room
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox, Waking
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
-from rollout.sandbox.microvm.stock import InThread, Stock
+from rollout.sandbox.microvm.stock import Stock
 from rollout.types import Randomness
 
 __all__ = ["Reviver"]

@@ -12,17 +12,18 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from rollout.config import EngineConfig, ImageConfig
-from rollout.errors import BootError, CheckpointError, GuestError, RolloutError
+from rollout.errors import BootError, CheckpointError
 from rollout.sandbox.base import Capabilities
 from rollout.sandbox.client import GuestClient
 from rollout.sandbox.image.store import Image, ImageStore
-from rollout.sandbox.microvm.base import Base, BaseStore, base_key, new_memory_file
+from rollout.sandbox.microvm.base import Base, BaseStore, base_key, derived_base, new_memory_file
+from rollout.sandbox.microvm.boot import InThread, boot_into
 from rollout.sandbox.microvm.identity import machine_of, require_same
 from rollout.sandbox.microvm.machine import MachineShape
 from rollout.sandbox.microvm.memory import Pages, has_pagemap_scan, map_pages
@@ -40,18 +41,6 @@ T = TypeVar("T")
 _POOL_LOW, _POOL_HIGH = 2, 32
 _IMAGES = "/images"
 """Where VMMs see the image store."""
-_SETTLE_S = 0.2
-"""
-
-A guest that has just answered still has work queued (page cache, timers); it is in the base, not in each
-clone.
-"""
-
-
-class InThread(Protocol):
-    """Runs blocking work in a worker thread."""
-
-    def __call__(self, function: Callable[[], T], /) -> Awaitable[T]: ...
 
 
 @dataclass(slots=True)
@@ -67,6 +56,10 @@ class Stock:
         image_digest: The image.
         machine: What must be the same to restore a checkpoint, by name.
         recent: What was forked last, and will probably be forked next: VMMs started ahead warm up on it.
+        shape: The machine that its VMMs are.
+        files: What they are made from.
+        root: The stock that it was derived from, if it was.
+        root_content: What its base holds, on the base of `root`.
     """
 
     base: Base
@@ -77,6 +70,10 @@ class Stock:
     image_digest: str
     machine: Mapping[str, str]
     recent: Snapshot
+    shape: MachineShape
+    files: BootFiles
+    root: Stock | None = None
+    root_content: Snapshot | None = None
 
 
 class Stocks:
@@ -146,6 +143,33 @@ class Stocks:
             )
             return stock
 
+    async def derive(self, stock: Stock, content: Snapshot) -> Stock:
+        """A stock whose base is a checkpoint of another: what is forked from it has few pages of its own.
+
+        It takes as much memory as the base does, until the engine is closed. Its checkpoints have the other's
+        fingerprint, because they can be expressed on its base (`Stock.root_content`).
+
+        Raises:
+            BootError: There is no memory for it.
+            CheckpointError: The checkpoint is damaged.
+        """
+
+        def work() -> Base:
+            pages = content.unpack_pages(self._cache, stock.pages)
+            return derived_base(stock.base, content.unpack_device_state(), content.page_numbers, pages)
+
+        base = await self._in_thread(work)
+        name = f"{stock.image_digest}:{base.digest}"
+        if (known := self._stocks.get(name)) is not None:
+            base.close()
+            return known
+        derived = self._stock(
+            base, stock.fingerprint, stock.image_digest, stock.machine, stock.shape, stock.files
+        )
+        derived.root, derived.root_content = stock, content
+        self._stocks[name] = derived
+        return derived
+
     @property
     def num_waiting(self) -> int:
         """VMMs that wait, of all images."""
@@ -199,6 +223,20 @@ class Stocks:
             base = await self._base(key, image, shape, files, spawner)
         else:
             base = await self._imported_base(*imported, shape)
+        fingerprint = hashlib.sha256(f"{shape.fingerprint(version)}:{base.digest}".encode()).hexdigest()[:32]
+        return self._stock(base, fingerprint, image.digest, machine, shape, files)
+
+    def _stock(
+        self,
+        base: Base,
+        fingerprint: str,
+        image_digest: str,
+        machine: Mapping[str, str],
+        shape: MachineShape,
+        files: BootFiles,
+    ) -> Stock:
+        spawner = self._spawner
+        assert spawner is not None, "whoever has a base has started the launcher"
 
         async def start() -> Vmm:
             return await self._in_thread(
@@ -213,22 +251,22 @@ class Stocks:
                 )
             )
 
-        fingerprint = hashlib.sha256(f"{shape.fingerprint(version)}:{base.digest}".encode()).hexdigest()[:32]
-
         async def warm_up(vmm: Vmm) -> None:
             await self._warm_up(vmm, stock)
 
         demand = Demand(low=_POOL_LOW, high=_POOL_HIGH)
-        is_worth_it = accel == "tcg" and self._config.reuse_vmms
+        is_worth_it = shape.accel == "tcg" and self._config.reuse_vmms
         stock = Stock(
             base=base,
             snapshot=(at_base := Snapshot.at_base(base.device_state)),
             pages=map_pages(base.ram_fd, shape.memory_bytes),
             pool=VmmPool(start, demand, warm_up if is_worth_it else None),
             fingerprint=fingerprint,
-            image_digest=image.digest,
+            image_digest=image_digest,
             machine=machine,
             recent=at_base,
+            shape=shape,
+            files=files,
         )
         return stock
 
@@ -251,7 +289,15 @@ class Stocks:
             await self._in_thread(lambda: self._store.verify(image))
             fd = new_memory_file(shape.memory_bytes)
             try:
-                device_state = await self._boot(shape, files, spawner, fd)
+                device_state = await boot_into(
+                    fd,
+                    shape,
+                    files,
+                    spawner,
+                    self._image_config.warm_up,
+                    self._in_thread,
+                    timeout_s=self._config.boot_timeout_s,
+                )
                 return await self._in_thread(lambda: store.save(key, fd, device_state))
             except BaseException:
                 os.close(fd)
@@ -276,32 +322,6 @@ class Stocks:
             await client.close()
         if not await self._in_thread(lambda: vmm.retire(timeout_s)):
             raise BootError("a VMM that was warmed up cannot be put back")
-
-    async def _boot(self, shape: MachineShape, files: BootFiles, spawner: Spawner, fd: int) -> bytes:
-        """Boots a machine into a memory file, warms it up and stops it for ever; returns its device state."""
-        timeout_s = self._config.boot_timeout_s
-        vmm = await self._in_thread(
-            lambda: Vmm.start(
-                spawner, shape, files, fd, make_base=True, use_scan=self._use_scan, timeout_s=timeout_s
-            )
-        )
-        client = await GuestClient.connect(vmm.channel.dup())
-        try:
-            await client.hello(0, Randomness(), hostname="base", timeout_s=timeout_s)
-            for command in self._image_config.warm_up:
-                done = await client.exec(["/bin/sh", "-c", command], timeout_s=timeout_s)
-                if done.exit_code != 0:
-                    words = done.stderr.decode(errors="replace").strip().splitlines()
-                    raise BootError(f"warm-up {command!r} exits {done.exit_code}: {words[-1:]}")
-            await asyncio.sleep(_SETTLE_S)
-            return await self._in_thread(lambda: vmm.save_base(timeout_s))
-        except GuestError as error:
-            raise BootError(f"the guest did not come up: {error.message}; {vmm.child.log()}") from error
-        except RolloutError as error:
-            raise BootError(f"no base could be made: {error.message}") from error
-        finally:
-            vmm.kill()
-            await client.close()
 
 
 def _version_of(binary: str) -> str:

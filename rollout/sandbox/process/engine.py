@@ -152,6 +152,9 @@ class ProcessEngine:
             policies = [Randomness()] * n if randomness is None else list(randomness)
             return await self._make(checkpoint, policies, self.config.fork_timeout_s)
 
+    async def rebase(self, checkpoint: Checkpoint) -> None:
+        """See `Engine.rebase`; a fork shares all memory with its checkpoint already."""
+
     async def discard(self, checkpoint: Checkpoint) -> None:
         """Frees what a checkpoint holds; see `Engine.discard`."""
         if checkpoint.fingerprint == self._fingerprint and self._is_up:
