@@ -1,4 +1,4 @@
-"""A child that goes on in its parent's sandbox: as a clone would be, for a sandbox that is as it was saved."""
+"""A child that goes on in its parent's sandbox: as a clone would, if the sandbox is as it was saved."""
 
 from __future__ import annotations
 
