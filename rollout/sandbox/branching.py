@@ -141,7 +141,7 @@ class LocalBrancher:
             try:
                 origin = OpeningOrigin(task, seed, witness_of([step]))
                 await self._holdings.keep_opening(made.checkpoint, origin)
-                stays = self._has_room_for_heir
+                stays = self._wants_heir()
                 if stays:
                     self._heirs.put(made.checkpoint.id, made.sandbox)
             finally:
@@ -274,19 +274,22 @@ class LocalBrancher:
         """
         is_as_saved = job.playout is None and not self._holdings.is_deferred(checkpoint)
         is_probed = self._holdings.may_defer(job) and self._deferral.is_probing
-        return is_as_saved and not is_probed and self._has_room_for_heir
+        return is_as_saved and not is_probed and self._wants_heir()
 
-    @property
-    def _has_room_for_heir(self) -> bool:
-        return not self._slots.num_waiting and self._heirs.are_wanted
+    def _wants_heir(self) -> bool:
+        return not self._slots.num_waiting and self._heirs.wants_one()
 
     def _may_give_up(self, job: BranchJob) -> bool:
         return self._deferral.is_verified and self._holdings.may_give_up(job.checkpoint)
 
     async def _take_slots(self, n: int) -> None:
         """Waits for n slots; heirs make room."""
-        while len(self._heirs) and self._slots.num_free < self._slots.num_waiting + n:
-            await self._end(self._heirs.drop_oldest())
+        while len(self._heirs) and (missing := self._slots.num_waiting + n - self._slots.num_free) > 0:
+            oldest = [self._heirs.drop_oldest() for _ in range(min(missing, len(self._heirs)))]
+            if len(oldest) == 1:
+                await self._end(oldest[0])
+            else:
+                await asyncio.gather(*(self._end(heir) for heir in oldest))
         await self._slots.take(n)
 
     async def _end(self, heir: Sandbox | None) -> None:

@@ -24,17 +24,20 @@ Pure bookkeeping: whoever takes a sandbox from here owns it, and the place that 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from rollout.branch import BranchJob
 from rollout.sandbox.base import Sandbox
-from rollout.sandbox.economics import Economics, choose_way
+from rollout.sandbox.economics import WINDOW, Economics, choose_way
 
 __all__ = ["WAYS", "Heirs"]
 
 WAYS: Final = ("inherit", "continue", "clone")
 """The ways to a child of a state that is held."""
+_SELDOM = 16
+"""If fewer than one in so many heirs found a child, only one in so many sandboxes is kept."""
 
 
 class Heirs:
@@ -49,17 +52,24 @@ class Heirs:
         self._economics = economics
         self._ways = frozenset(ways)
         self._heirs: dict[str, Sandbox] = {}
-        self._num_kept = 0
-        self._num_taken = 0
+        self._fates: deque[bool] = deque(maxlen=WINDOW)
+        """Of the last heirs that are gone: whether a child took them."""
+        self._num_passed_over = 0
 
     def __len__(self) -> int:
         return len(self._heirs)
 
-    @property
-    def are_wanted(self) -> bool:
-        """Whether the sandbox of a branch is worth keeping: some way that needs it is not the dearer one."""
-        heirs_ways = [way for way in WAYS if way in self._ways and way != "clone"]
-        return any(self._choose([way, "clone"]) == way for way in heirs_ways)
+    def wants_one(self) -> bool:
+        """Whether the sandbox that a branch has left is worth keeping.
+
+        It is if some way that needs it is not the dearer one, and a child is likely to come in time.
+        """
+        if not any(self._choose([way, "clone"]) == way for way in ("continue", "inherit")):
+            return False
+        if len(self._fates) < WINDOW or sum(self._fates) * _SELDOM >= WINDOW:
+            return True
+        self._num_passed_over = (self._num_passed_over + 1) % _SELDOM
+        return self._num_passed_over == 0
 
     @property
     def continues(self) -> bool:
@@ -70,29 +80,24 @@ class Heirs:
     def gain_s(self) -> float:
         """What an heir that is kept spares its checkpoint's children, on average; at least 0."""
         spared_s = self._economics.cost_s("clone") - self._economics.cost_s("continue")
-        if not self._num_taken or spared_s <= 0.0:
-            return 0.0
-        return spared_s * self._num_taken / self._num_kept
+        return max(0.0, spared_s) * sum(self._fates) / len(self._fates) if self._fates else 0.0
 
     def put(self, checkpoint_id: str, sandbox: Sandbox) -> None:
         """Keeps a sandbox as the heir of a checkpoint that has none."""
         assert checkpoint_id not in self._heirs
         self._heirs[checkpoint_id] = sandbox
-        self._num_kept += 1
 
     def take(self, checkpoint_id: str) -> Sandbox | None:
         """The heir of a checkpoint, for its child."""
-        heir = self._heirs.pop(checkpoint_id, None)
-        self._num_taken += heir is not None
-        return heir
+        return self._remove(checkpoint_id, is_taken=True)
 
     def drop(self, checkpoint_id: str) -> Sandbox | None:
         """The heir of a checkpoint that nobody will name again."""
-        return self._heirs.pop(checkpoint_id, None)
+        return self._remove(checkpoint_id, is_taken=False)
 
     def drop_oldest(self) -> Sandbox | None:
         """The heir that was kept first, whose place is needed."""
-        return self._heirs.pop(next(iter(self._heirs)), None) if self._heirs else None
+        return self._remove(next(iter(self._heirs), ""), is_taken=False)
 
     def claims(
         self, jobs: Sequence[BranchJob], may_give_up: Callable[[BranchJob], bool]
@@ -120,6 +125,12 @@ class Heirs:
             if way != "clone":
                 claims[index] = way
         return claims
+
+    def _remove(self, checkpoint_id: str, *, is_taken: bool) -> Sandbox | None:
+        heir = self._heirs.pop(checkpoint_id, None)
+        if heir is not None:
+            self._fates.append(is_taken)
+        return heir
 
     def _way(self, job: BranchJob, *, is_alone: bool, may_give_up: Callable[[BranchJob], bool]) -> str:
         if not job.is_last:

@@ -14,7 +14,9 @@ once than were asked for, so slots are the caller's business; a sandbox that is 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rollout.config import EngineConfig
 from rollout.env import Env
@@ -28,6 +30,11 @@ from rollout.sandbox.phases import Phases
 from rollout.types import Randomness, Step, derive_seed
 
 __all__ = ["Reach"]
+
+
+@dataclass(slots=True)
+class _Spent:
+    seconds: float = 0.0
 
 
 class Reach:
@@ -60,6 +67,7 @@ class Reach:
         self._economics = economics
         self._deferral = deferral
         self._clock = clock
+        self._num_coming = 0
         self._prepared: Checkpoint | None = None
         self._preparing = asyncio.Lock()
         self.phases = Phases(engine, env, limits, economics, clock)
@@ -98,18 +106,17 @@ class Reach:
         self, heir: Sandbox, checkpoint: Checkpoint, randomness: Randomness, *, gives_up: bool = False
     ) -> bool:
         """Lets the heir of a checkpoint go on as a child; False, and it is ended, if it cannot."""
-        start_s = self._clock()
         is_held = self.holdings.is_held(checkpoint)
         num_steps = self.holdings.num_steps(checkpoint)
         try:
-            if gives_up:
-                await self.holdings.give_up(checkpoint)
-            await self.phases.take_over(heir, randomness)
+            with self._timed(1) as spent:
+                if gives_up:
+                    await self.holdings.give_up(checkpoint)
+                await self.phases.take_over(heir, randomness)
         except RolloutError:  # it has died meanwhile: there are other ways, and no branch has failed
             await heir.kill()
             return False
-        duration_s = self._clock() - start_s
-        self._economics.continued(duration_s, num_steps, is_held=is_held, gives_up=gives_up)
+        self._economics.continued(spent.seconds, num_steps, is_held=is_held, gives_up=gives_up)
         return True
 
     async def clones(
@@ -134,10 +141,10 @@ class Reach:
                     if not continues or not await self.go_on(pinned.sandbox, checkpoint, randomness[0]):
                         await reached.pop().kill()
                 if missing := randomness[len(reached) :]:
-                    start_s = self._clock()
-                    clones = await self.phases.clone(pinned.held, missing)
+                    with self._timed(len(missing)) as spent:
+                        clones = await self.phases.clone(pinned.held, missing)
                     num_steps = self.holdings.num_steps(checkpoint)
-                    self._economics.cloned(self._clock() - start_s, len(clones), num_steps)
+                    self._economics.cloned(spent.seconds, len(clones), num_steps)
                     reached += clones
             finally:
                 await self.holdings.unpin(pinned.held)
@@ -226,6 +233,22 @@ class Reach:
         except BaseException:
             await parent.sandbox.kill()
             raise
+
+    @contextmanager
+    def _timed(self, n: int) -> Generator[_Spent]:
+        """Times the making of n sandboxes; of a time in which others were made too, these n have a share.
+
+        So what one costs is the same whether many were made by one call or by many at once.
+        """
+        spent, start_s = _Spent(), self._clock()
+        self._num_coming += n
+        num_at_first = self._num_coming
+        try:
+            yield spent
+        finally:
+            share = n / (0.5 * (num_at_first + self._num_coming))
+            self._num_coming -= n
+            spent.seconds = share * (self._clock() - start_s)
 
     def _not_replayable(self) -> CheckpointError:
         self.holdings.is_replayable = False

@@ -246,13 +246,13 @@ async def test_what_the_budget_evicts_is_made_again(
 
 
 async def test_what_cannot_be_made_again_is_never_evicted(inline: InlineEngine) -> None:
-    roomy, _ = brancher(inline)
+    roomy, _ = brancher(inline, ways=CLONES)
     opening = await roomy.open(TASK, 0)
     each_bytes = opening.checkpoint.private_bytes
     limits = EngineConfig.model_construct(
         **EngineConfig().model_dump() | {"checkpoint_budget_bytes": int(2.5 * each_bytes)}
     )
-    tight, _ = brancher(inline, limits=limits, concurrency=1)
+    tight, _ = brancher(inline, limits=limits, concurrency=1, ways=CLONES)
     opening = await tight.open(TASK, 0)
     unique = [BranchJob(opening.checkpoint, (0,), Randomness()) for _ in range(4)]
     results = await tight.run(unique)
