@@ -1,6 +1,7 @@
 """The branch job: the unit of work that a search sends to a host, and the contract of what carries it out.
 
-One job: clone a checkpoint, apply actions, observe, optionally checkpoint, optionally play out, release.
+One job: clone a checkpoint (or go on in the sandbox that was saved as it), apply actions, observe, optionally
+checkpoint, optionally play out, release.
 Many go in one call, and their results come back in the same order. The search that asked for them is never
 on that path.
 """
@@ -67,6 +68,8 @@ class BranchJob:
             checkpoint.
         keep_checkpoint: Save the state after the actions (not after the playout).
         state_hash: Ask for the digest of the state after the last action.
+        is_last: No later job will name the checkpoint, but for another attempt at this one: it inherits the
+            sandbox that was saved as the checkpoint, if that is still there.
     """
 
     checkpoint: Checkpoint
@@ -75,6 +78,7 @@ class BranchJob:
     playout: PlayoutRequest | Lookahead | None = None
     keep_checkpoint: bool = True
     state_hash: bool = False
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)

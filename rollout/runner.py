@@ -174,7 +174,8 @@ class Runner:
     ) -> tuple[Step, Checkpoint | None]:
         """Plays an action for real; a branch whose failure may pass is tried again, as a search would."""
         wants_hash = self._config.search.wants_state_hash
-        job = BranchJob(position.checkpoint, (move.action,), randomness, state_hash=wants_hash)
+        action = (move.action,)
+        job = BranchJob(position.checkpoint, action, randomness, state_hash=wants_hash, is_last=True)
         retries = self._config.search.max_retries
         while True:
             [result] = await self._brancher.run([job])

@@ -46,7 +46,8 @@ class Fault:
 FaultPlan = Callable[[str, int], Fault | None]
 """Says what happens to the n-th call (from 0) of a phase; None for nothing.
 
-Phases are "boot", "fork", "checkpoint", "discard", and the agent's operations by name, such as "env.step".
+Phases are "boot", "fork", "checkpoint", "take_over", "discard", and the agent's operations by name, such as
+"env.step".
 """
 
 
@@ -224,6 +225,10 @@ class FaultySandbox:
     async def checkpoint(self) -> Checkpoint:
         """See `Sandbox.checkpoint`."""
         return await self._engine.phase("checkpoint", self._sandbox.checkpoint)
+
+    async def take_over(self, randomness: Randomness) -> None:
+        """See `Sandbox.take_over`; the phase is "take_over"."""
+        await self._engine.phase("take_over", lambda: self._sandbox.take_over(randomness))
 
     async def hibernate(self) -> None:
         """See `Sandbox.hibernate`."""

@@ -214,7 +214,9 @@ class SearchPlanner:
                 raise SearchError(
                     "the search asks for nothing although nothing is in flight and it is not done"
                 )
-            results = await self._brancher.run([self._job(trial, book) for trial in trials])
+            last = book.last_of(search, trials, advances=self._config.tree_reuse)
+            jobs = [self._job(trial, book, is_last=trial.trial_id in last) for trial in trials]
+            results = await self._brancher.run(jobs)
             outcomes = await self._outcomes(trials, results, book)
             start_s = self._clock()
             commits = [
@@ -227,7 +229,7 @@ class SearchPlanner:
             if useless:
                 await self._brancher.release(useless)
 
-    def _job(self, trial: Trial, book: TrialBook) -> BranchJob:
+    def _job(self, trial: Trial, book: TrialBook, *, is_last: bool) -> BranchJob:
         source = book.sources[trial.source]
         return BranchJob(
             checkpoint=source.checkpoint,
@@ -235,6 +237,7 @@ class SearchPlanner:
             randomness=randomness_of(self._config.randomness, trial.seed),
             playout=self._evaluator.request(trial.seed),
             state_hash=self._config.wants_state_hash,
+            is_last=is_last,
         )
 
     async def _outcomes(

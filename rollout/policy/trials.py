@@ -95,6 +95,18 @@ class TrialBook:
         self.trial_nodes = {ROOT_TRIAL: 0, **kept}
         return useless
 
+    def last_of(self, search: Search, trials: Sequence[Trial], *, advances: bool) -> set[int]:
+        """Trials in flight that are the last to begin where they do, retries apart.
+
+        Never of the root: the move that is played in earnest begins there too.
+        """
+        last = {trial.source: trial.trial_id for trial in trials if trial.source != ROOT_TRIAL}
+        return {
+            trial_id
+            for source, trial_id in last.items()
+            if search.closes(self.trial_nodes[source], advances=advances)
+        }
+
     def spend(self, search: Search, trials: Sequence[Trial]) -> list[Checkpoint]:
         """Notes which states the trials were the last branches of; returns their checkpoints."""
         useless: list[Checkpoint] = []

@@ -18,12 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from rollout.errors import CheckpointError
 from rollout.types import ExecResult, Randomness, Value
 
 if TYPE_CHECKING:
     from rollout.sandbox.commands import Command
 
-__all__ = ["Capabilities", "Checkpoint", "Engine", "PhaseTimings", "Sandbox"]
+__all__ = ["Capabilities", "Checkpoint", "Engine", "PhaseTimings", "Sandbox", "gone_on"]
 
 DEFAULT_MAX_OUTPUT_BYTES = 1 << 20
 """How much of each of stdout and stderr `exec` returns unless told otherwise."""
@@ -245,6 +246,20 @@ class Sandbox(Protocol):
         """
         ...
 
+    async def take_over(self, randomness: Randomness) -> None:
+        """Makes it what a fresh clone of its last checkpoint would be: the child goes on in the parent.
+
+        It shakes hands as a clone does: entropy, clock and generators are a clone's, and `parent_id` names
+        that checkpoint from now on. `id` and host name stay, which no other sandbox has. Only for a sandbox
+        that was asked for nothing since `checkpoint` (a read counts, `hibernate` does not); the checkpoint
+        may have been discarded.
+
+        Raises:
+            CheckpointError: It was never saved, or has gone on since; it is as before.
+            ForkError: It did not confirm its handshake, or could not be woken; it is dead.
+        """
+        ...
+
     async def hibernate(self) -> None:
         """Releases memory and CPU; state, files and identity stay. Idempotent.
 
@@ -270,6 +285,14 @@ class Sandbox(Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def gone_on(sandbox_id: str) -> CheckpointError:
+    """The error of `Sandbox.take_over` for a sandbox that is not as a checkpoint left it."""
+    return CheckpointError(
+        f"the sandbox {sandbox_id} is not as its last checkpoint was taken (it has none, or has gone on "
+        "since): fork the checkpoint instead"
+    )
 
 
 class Engine(Protocol):

@@ -1,14 +1,19 @@
-"""Carries out branch jobs over one engine: clone, apply, observe, checkpoint, play out, release.
+"""Carries out branch jobs over one engine: reach the state, apply, observe, checkpoint, play out, release.
 
 Invariants:
 
-- At most `concurrency` sandboxes of jobs are alive at once; further jobs wait in order.
+- At most `concurrency` sandboxes of jobs are alive at once, heirs included; further jobs wait in order.
 - Every job gives one result, in the order of the jobs; a `RolloutError` of any phase is the result's
   `failure`, and then nothing of the job is kept.
-- Every clone is killed, whatever happened to it; one that was late is never used again.
+- Every sandbox is killed, whatever happened to it, but for heirs (see `rollout.sandbox.heirs`); one that was
+  late is never used again. An heir goes when its child takes it, its place is needed, or its checkpoint is
+  released.
+- No result depends on the way by which its state was reached.
 - The environment is made once; every episode begins as a clone of that prepared sandbox.
 - A checkpoint lives until it is released. What the byte budget evicts meanwhile is made again when a job
   names it, by playing its branch again (see `rollout.sandbox.holdings`).
+
+Nobody waits for a slot while he holds one, and whoever waits finds all heirs gone: so nobody waits for ever.
 
 A synchronous engine is driven by plain awaits, one job after the other, without tasks or deadlines: there is
 nothing to overlap and nothing that could be interrupted.
@@ -20,22 +25,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rollout.branch import BranchJob, BranchResult, Lookahead, LookaheadResult, Opening
 from rollout.config import EngineConfig
 from rollout.env import Env, Task
-from rollout.errors import BootError, CheckpointError, RolloutError
+from rollout.errors import RolloutError
 from rollout.sandbox.base import Checkpoint, Engine, Sandbox
 from rollout.sandbox.deferral import Deferral
 from rollout.sandbox.economics import Economics, WayCost
-from rollout.sandbox.holdings import Holdings
+from rollout.sandbox.heirs import WAYS, Heirs
 from rollout.sandbox.jobs import by_checkpoint, with_finite_value
-from rollout.sandbox.lineage import BranchOrigin, OpeningOrigin, Origin, witness_of
-from rollout.sandbox.phases import Phases
+from rollout.sandbox.lineage import OpeningOrigin, witness_of
+from rollout.sandbox.reaching import Reach
 from rollout.sandbox.slots import Slots
-from rollout.types import Failure, PlayoutResult, Randomness, Step, derive_seed
+from rollout.types import Failure, PlayoutResult, Step
 
 __all__ = ["BrancherStats", "LocalBrancher"]
 
@@ -65,7 +70,8 @@ class LocalBrancher:
         env: What is played in them.
         image: The image that sandboxes boot from; ignored by engines without images.
         limits: Deadlines and the checkpoint budget.
-        concurrency: Sandboxes at once; a synchronous engine has one, whatever is asked for.
+        concurrency: Sandboxes at once; of a synchronous engine one of a job, the others heirs.
+        ways: The ways to a child that may be taken (see `rollout.sandbox.heirs`); a clone always may.
         clock: Monotonic seconds, for durations.
     """
 
@@ -77,28 +83,23 @@ class LocalBrancher:
         image: str = "default",
         limits: EngineConfig | None = None,
         concurrency: int = 8,
+        ways: Collection[str] = WAYS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine = engine
         self._env = env
-        self._image = image
-        self._limits = limits or EngineConfig()
         self._synchronous = engine.capabilities.synchronous
         self._concurrency = concurrency
         self._slots = Slots(concurrency)
         self._clock = clock
-        self._prepared: Checkpoint | None = None
-        self._preparing = asyncio.Lock()
         self._branches = self._failed = 0
         self._deferral = Deferral()
         self.economics = Economics()
-        self._holdings = Holdings(
-            engine,
-            self._limits.checkpoint_budget_bytes,
-            self._replay,
-            lambda origin: self.economics.rebuild_s(from_reset=isinstance(origin, OpeningOrigin)),
-        )
-        self._phases = Phases(engine, env, self._limits, self.economics, clock)
+        self._heirs = Heirs(self.economics, ways)
+        limits = limits or EngineConfig()
+        self._reach = Reach(engine, env, image, limits, self.economics, self._deferral, clock)
+        self._phases = self._reach.phases
+        self._holdings = self._reach.holdings
 
     @property
     def stats(self) -> BrancherStats:
@@ -123,18 +124,7 @@ class LocalBrancher:
             EnvError: The environment does not exist or cannot be made.
             CheckpointError: It could not be saved.
         """
-        async with self._preparing:
-            if self._prepared is None:
-                boot = self._engine.boot(self._image)
-                sandbox = await self._phases.within(self._limits.boot_timeout_s, BootError, "the boot", boot)
-                try:
-                    await self._phases.call("making the environment", self._env.prepare(sandbox))
-                    prepared = await self._phases.save(sandbox)
-                finally:
-                    await sandbox.kill()
-                await self._engine.rebase(prepared)
-                self._prepared = prepared
-            return self._prepared
+        return await self._reach.prepare()
 
     async def open(self, task: Task, seed: int) -> Opening:
         """Begins an episode: a clone of the prepared sandbox, reset with `seed`, saved.
@@ -142,119 +132,178 @@ class LocalBrancher:
         Raises:
             RolloutError: Of the boundary that failed.
         """
-        await self._slots.take(1)
+        await self._take_slots(1)
+        stays = False
         try:
             start_s = self._clock()
-            step, checkpoint = await self._begin(OpeningOrigin(task, seed))
+            step, made = await self._reach.begin(OpeningOrigin(task, seed))
             self.economics.add("open", self._clock() - start_s)
+            try:
+                origin = OpeningOrigin(task, seed, witness_of([step]))
+                await self._holdings.keep_opening(made.checkpoint, origin)
+                stays = self._wants_heir()
+                if stays:
+                    self._heirs.put(made.checkpoint.id, made.sandbox)
+            finally:
+                if not stays:
+                    await made.sandbox.kill()
+            return Opening(step, made.checkpoint)
         finally:
-            self._slots.give_back(1)
-        await self._holdings.keep_opening(checkpoint, OpeningOrigin(task, seed, witness_of([step])))
-        return Opening(step, checkpoint)
+            if not stays:
+                self._slots.give_back(1)
 
     async def run(self, jobs: Sequence[BranchJob]) -> list[BranchResult]:
         """Carries out all jobs; a job that fails is a result with a `failure`."""
         made: list[Checkpoint] = []
         try:
+            claims = self._heirs.claims(jobs, self._may_give_up)
             if self._synchronous:
-                return await self._run_in_turn(jobs, made)
-            return await self._run_groups(jobs, made)
+                return await self._run_in_turn(jobs, claims, made)
+            return await self._run_groups(jobs, claims, made)
         except BaseException:  # cancelled: nobody will learn of what was made
             await self.release(made)
             raise
 
     async def release(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Frees checkpoints that no later job will name. Idempotent."""
+        """Frees checkpoints that no later job will name, and their heirs. Idempotent."""
+        for checkpoint in checkpoints:
+            await self._end(self._heirs.drop(checkpoint.id))
         await self._holdings.release(checkpoints)
 
-    async def _run_in_turn(self, jobs: Sequence[BranchJob], made: list[Checkpoint]) -> list[BranchResult]:
+    async def _run_in_turn(
+        self, jobs: Sequence[BranchJob], claims: Mapping[int, str], made: list[Checkpoint]
+    ) -> list[BranchResult]:
         """Job after job; other tasks of this loop, such as a renewal of the lease, get turns in between."""
-        results: list[BranchResult] = []
+        results: dict[int, BranchResult] = {}
         yielded_s = self._clock()
-        for job in jobs:
-            results.append(await self._run_alone(job, made))
+        for index in (*claims, *(i for i in range(len(jobs)) if i not in claims)):
+            [results[index]] = await self._run_group([jobs[index]], made, claims.get(index, "clone"))
             if self._clock() - yielded_s > _LONGEST_TURN_S:
                 await asyncio.sleep(0)
                 yielded_s = self._clock()
-        return results
+        return [results[i] for i in range(len(jobs))]
 
-    async def _run_groups(self, jobs: Sequence[BranchJob], made: list[Checkpoint]) -> list[BranchResult]:
-        groups = by_checkpoint(jobs, most=max(1, self._concurrency // 2))
+    async def _run_groups(
+        self, jobs: Sequence[BranchJob], claims: Mapping[int, str], made: list[Checkpoint]
+    ) -> list[BranchResult]:
+        others = [i for i in range(len(jobs)) if i not in claims]
+        groups = by_checkpoint([jobs[i] for i in others], most=max(1, self._concurrency // 2))
+        # Those that go on in an heir begin first: the others may need its place.
+        indices = [*([i] for i in claims), *([others[k] for k in group] for group in groups)]
+        ways = [*claims.values(), *("clone" for _ in groups)]
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self._run_group([jobs[i] for i in group], made)) for group in groups]
+            running = [
+                tasks.create_task(self._run_group([jobs[i] for i in group], made, way))
+                for group, way in zip(indices, ways, strict=True)
+            ]
         results: dict[int, BranchResult] = {}
-        for group, task in zip(groups, running, strict=True):
+        for group, task in zip(indices, running, strict=True):
             results.update(zip(group, task.result(), strict=True))
         return [results[i] for i in range(len(jobs))]
 
-    async def _run_group(self, jobs: list[BranchJob], made: list[Checkpoint]) -> list[BranchResult]:
-        """Jobs of one checkpoint, cloned by one call, when there is room for all of them."""
-        await self._slots.take(len(jobs))
+    async def _run_group(self, jobs: list[BranchJob], made: list[Checkpoint], way: str) -> list[BranchResult]:
+        """Jobs of one checkpoint, when there is room for all of them; one alone that goes on in its heir."""
+        heir = None if way == "clone" else self._heirs.take(jobs[0].checkpoint.id)
+        if heir is None:
+            await self._take_slots(len(jobs))
         start_s = self._clock()
-        sandboxes: Sequence[Sandbox] = ()
+        sandboxes: Sequence[Sandbox] = () if heir is None else (heir,)
+        stayed: list[Sandbox] = []
         try:
-            sandboxes = await self._clone(jobs[0].checkpoint, [job.randomness for job in jobs])
+            sandboxes = await self._sandboxes(jobs, heir, gives_up=way == "inherit")
+            if len(jobs) == 1:
+                return [await self._branch(jobs[0], sandboxes[0], start_s, made, stayed)]
             async with asyncio.TaskGroup() as tasks:
                 pairs = zip(jobs, sandboxes, strict=True)
-                running = [tasks.create_task(self._branch(job, clone, start_s, made)) for job, clone in pairs]
+                running = [
+                    tasks.create_task(self._branch(job, each, start_s, made, stayed)) for job, each in pairs
+                ]
             return [task.result() for task in running]
         except RolloutError as error:
             return [self._failure(error, start_s) for _ in jobs]
         finally:
             for sandbox in sandboxes:  # a task that was cancelled before it began has killed nothing
-                await sandbox.kill()
-            self._slots.give_back(len(jobs))
+                if not any(sandbox is each for each in stayed):
+                    await sandbox.kill()
+            self._slots.give_back(len(jobs) - len(stayed))
 
-    async def _run_alone(self, job: BranchJob, made: list[Checkpoint]) -> BranchResult:
-        """One job on a synchronous engine."""
-        start_s = self._clock()
-        try:
-            sandboxes = await self._clone(job.checkpoint, [job.randomness])
-        except RolloutError as error:
-            return self._failure(error, start_s)
-        return await self._branch(job, sandboxes[0], start_s, made)
-
-    async def _clone(self, checkpoint: Checkpoint, randomness: Sequence[Randomness]) -> Sequence[Sandbox]:
-        held = await self._pin(checkpoint)
-        try:
-            start_s = self._clock()
-            clones = await self._phases.clone(held, randomness)
-            num_steps = self._holdings.num_steps(checkpoint)
-            self.economics.cloned(self._clock() - start_s, len(clones), num_steps)
-            return clones
-        finally:
-            await self._holdings.unpin(held)
-
-    async def _pin(self, checkpoint: Checkpoint) -> Checkpoint:
-        if not self._holdings.is_deferred(checkpoint):
-            return await self._holdings.pin(checkpoint)
-        start_s, origin = self._clock(), self._holdings.origin(checkpoint)
-        held = await self._holdings.pin(checkpoint)
-        has_playout = isinstance(origin, BranchOrigin) and origin.job.playout is not None
-        self._deferral.needed(self._clock() - start_s, has_playout=has_playout)
-        return held
+    async def _sandboxes(
+        self, jobs: Sequence[BranchJob], heir: Sandbox | None, *, gives_up: bool
+    ) -> Sequence[Sandbox]:
+        """A sandbox for each job of a checkpoint."""
+        checkpoint, randomness = jobs[0].checkpoint, [job.randomness for job in jobs]
+        if heir is not None and await self._reach.go_on(heir, checkpoint, randomness[0], gives_up=gives_up):
+            return [heir]
+        return await self._reach.clones(checkpoint, randomness, continues=self._heirs.continues)
 
     async def _branch(
-        self, job: BranchJob, sandbox: Sandbox, start_s: float, made: list[Checkpoint]
+        self,
+        job: BranchJob,
+        sandbox: Sandbox,
+        start_s: float,
+        made: list[Checkpoint],
+        stayed: list[Sandbox],
     ) -> BranchResult:
-        """Everything between the clone and its release; the one place where an error becomes a failure."""
+        """Everything in the sandbox; the one place where an error becomes a failure.
+
+        Whoever stays as an heir keeps its slot, and is noted in `stayed`.
+        """
         begun_s = self._clock()
         defers = self._defers(job)
+        stays = False
         try:
             steps, checkpoint, playout = await self._play(job, sandbox, made, defers=defers)
+            stays = checkpoint is not None and self._may_stay(job, checkpoint)
+            if checkpoint is not None and stays:
+                self._heirs.put(checkpoint.id, sandbox)
+                stayed.append(sandbox)
         except RolloutError as error:
             return self._failure(error, start_s)
         finally:
-            await sandbox.kill()
+            if not stays:
+                await sandbox.kill()
         if checkpoint is not None:
             await self._account(job, checkpoint, self._clock() - begun_s)
         self._branches += 1
         return BranchResult(steps, checkpoint, playout, self._clock() - start_s)
 
+    def _may_stay(self, job: BranchJob, checkpoint: Checkpoint) -> bool:
+        """Whether the sandbox of a branch becomes an heir: it is as it was saved, and nobody needs its place.
+
+        Not while branches are played again, which would need it.
+        """
+        is_as_saved = job.playout is None and not self._holdings.is_deferred(checkpoint)
+        is_probed = self._holdings.may_defer(job) and self._deferral.is_probing
+        return is_as_saved and not is_probed and self._wants_heir()
+
+    def _wants_heir(self) -> bool:
+        return not self._slots.num_waiting and self._heirs.wants_one()
+
+    def _may_give_up(self, job: BranchJob) -> bool:
+        return self._deferral.is_verified and self._holdings.may_give_up(job.checkpoint)
+
+    async def _take_slots(self, n: int) -> None:
+        """Waits for n slots; heirs make room."""
+        while len(self._heirs) and (missing := self._slots.num_waiting + n - self._slots.num_free) > 0:
+            oldest = [self._heirs.drop_oldest() for _ in range(min(missing, len(self._heirs)))]
+            if len(oldest) == 1:
+                await self._end(oldest[0])
+            else:
+                await asyncio.gather(*(self._end(heir) for heir in oldest))
+        await self._slots.take(n)
+
+    async def _end(self, heir: Sandbox | None) -> None:
+        if heir is not None:
+            try:
+                await heir.kill()
+            finally:
+                self._slots.give_back(1)
+
     def _defers(self, job: BranchJob) -> bool:
         """Whether the state that a job leads to is left unsaved."""
         has_playout = job.playout is not None
-        return self._holdings.may_defer(job) and self._deferral.defers(has_playout=has_playout)
+        heir_s = 0.0 if has_playout else self._heirs.gain_s
+        return self._holdings.may_defer(job) and self._deferral.defers(has_playout=has_playout, heir_s=heir_s)
 
     async def _account(self, job: BranchJob, checkpoint: Checkpoint, duration_s: float) -> None:
         """Takes in what a branch cost; now and then plays one that was saved again."""
@@ -263,26 +312,7 @@ class LocalBrancher:
         if is_deferred:
             self.economics.deferred(duration_s, saved_s)
         elif self._holdings.may_defer(job) and self._deferral.begins_probe():
-            await self._probe(job.checkpoint, checkpoint)
-
-    async def _probe(self, parent: Checkpoint, child: Checkpoint) -> None:
-        """Sees whether a branch comes out the same a second time; nothing else depends on it."""
-        origin = self._holdings.origin(child)
-        if not isinstance(origin, BranchOrigin):
-            self._deferral.forbid()
-            return
-        try:
-            held = await self._holdings.pin(parent)
-            try:
-                start_s = self._clock()
-                again = await self._play_again(origin, held)
-                self._deferral.probed(self._clock() - start_s, is_same=again is not None)
-                if again is not None:
-                    await self._engine.discard(again)
-            finally:
-                await self._holdings.unpin(held)
-        except RolloutError:  # a reason to defer nothing, and no failure of the branch that was probed
-            self._deferral.forbid()
+            await self._reach.probe(job.checkpoint, checkpoint)
 
     async def _play(
         self, job: BranchJob, sandbox: Sandbox, made: list[Checkpoint], *, defers: bool
@@ -319,52 +349,6 @@ class LocalBrancher:
         except RolloutError:
             self._deferral.forbid()  # it must be seen here, not where something begins from it
             raise
-
-    async def _replay(self, origin: Origin, parent: Checkpoint | None) -> Checkpoint:
-        """Makes an evicted checkpoint again; takes no slots, because who asks has them and no clone yet."""
-        start_s = self._clock()
-        if isinstance(origin, OpeningOrigin):
-            step, checkpoint = await self._begin(origin)
-            if witness_of([step]) != origin.witness:
-                await self._engine.discard(checkpoint)
-                raise self._not_replayable()
-            self.economics.replayed(self._clock() - start_s, 0, from_reset=True)
-            return checkpoint
-        assert parent is not None
-        checkpoint = await self._play_again(origin, parent)
-        if checkpoint is None:
-            raise self._not_replayable()
-        self.economics.replayed(self._clock() - start_s, origin.num_steps, from_reset=False)
-        return checkpoint
-
-    async def _play_again(self, origin: BranchOrigin, parent: Checkpoint) -> Checkpoint | None:
-        """What a branch leads to, saved; None if that is not what it was."""
-        [sandbox] = await self._phases.clone(parent, [origin.job.randomness])
-        try:
-            steps, _ = await self._phases.apply(origin.job, sandbox)
-            state_hash = steps[-1].state_hash if steps else None
-            if state_hash != origin.state_hash or witness_of(steps) != origin.witness:
-                return None
-            return await self._phases.save(sandbox)
-        finally:
-            await sandbox.kill()
-
-    def _not_replayable(self) -> CheckpointError:
-        self._holdings.is_replayable = False
-        self._deferral.forbid()
-        return CheckpointError(
-            "a state that was evicted or not saved, played again, came out different: this environment does "
-            "not repeat, and all its states are held from now on; raise engine.checkpoint_budget_bytes"
-        )
-
-    async def _begin(self, origin: OpeningOrigin) -> tuple[Step, Checkpoint]:
-        prepared = await self.prepare()
-        [sandbox] = await self._phases.clone(prepared, [Randomness.seeded(derive_seed(origin.seed, "open"))])
-        try:
-            step = await self._phases.call("a reset", self._env.reset(sandbox, origin.task, origin.seed))
-            return step, await self._phases.save(sandbox)
-        finally:
-            await sandbox.kill()
 
     def _failure(self, error: RolloutError, start_s: float) -> BranchResult:
         self._failed += 1

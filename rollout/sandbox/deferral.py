@@ -32,54 +32,16 @@ Pure bookkeeping; whoever does the work brings the seconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rollout.sandbox.economics import RunningMedian
+from rollout.sandbox.economics import RunningMedian, WayEstimate, choose_way
 
-__all__ = ["NUM_PROBES", "NUM_SAVED", "Deferral", "WayEstimate", "choose_way"]
+__all__ = ["NUM_PROBES", "NUM_SAVED", "Deferral"]
 
 NUM_SAVED = 16
 NUM_PROBES = 4
-_NUM_TRIES = 16
-"""Of each way, before medians are trusted."""
-_TRY_AGAIN_EVERY = 256
-"""Costs drift, so the dearer way gets one choice in so many."""
 _PRIOR_NEEDED, _PRIOR_DEFERRED = 8, 16
 """What the share of states that are needed begins from: a half, as heavy as so many branches."""
-
-
-@dataclass(frozen=True, slots=True)
-class WayEstimate:
-    """What a way is expected to cost.
-
-    Attributes:
-        kind: Its name.
-        expected_s: Seconds; means nothing before it was tried.
-        num_tries: How often it was taken.
-    """
-
-    kind: str
-    expected_s: float
-    num_tries: int
-
-
-def choose_way(ways: Sequence[WayEstimate]) -> str:
-    """The cheapest way, once each was tried `_NUM_TRIES` times; else the first that was not.
-
-    A way that is not the cheapest is tried again when fewer than one in `_TRY_AGAIN_EVERY` choices fell on
-    it. Of equals the first is taken.
-
-    Raises:
-        ValueError: There is no way at all.
-    """
-    if not ways:
-        raise ValueError("no way to choose from")
-    num_choices = sum(way.num_tries for way in ways)
-    for way in ways:
-        if way.num_tries < _NUM_TRIES or way.num_tries * _TRY_AGAIN_EVERY < num_choices:
-            return way.kind
-    return min(ways, key=lambda way: way.expected_s).kind
 
 
 @dataclass(slots=True)
@@ -108,6 +70,11 @@ class Deferral:
         """Whether this environment was seen to repeat, and nothing spoke against it since."""
         return not self.is_forbidden and self._num_probes_passed >= NUM_PROBES
 
+    @property
+    def is_probing(self) -> bool:
+        """Whether branches are still to be played again."""
+        return not self.is_forbidden and self._num_probes_begun < NUM_PROBES
+
     def begins_probe(self) -> bool:
         """Whether the branch that was just saved is to be played again; true `NUM_PROBES` times."""
         num_saved = sum(account.num_saved for account in self._accounts.values())
@@ -128,17 +95,22 @@ class Deferral:
         """Nothing is deferred any more."""
         self.is_forbidden = True
 
-    def defers(self, *, has_playout: bool) -> bool:
-        """Whether the next branch of this sort leaves its state unsaved."""
+    def defers(self, *, has_playout: bool, heir_s: float = 0.0) -> bool:
+        """Whether the next branch of this sort leaves its state unsaved.
+
+        Args:
+            has_playout: Its sort.
+            heir_s: What a state that is saved spares its first child, who may go on in its sandbox.
+        """
         if not self.is_verified:
             return False
         account = self._accounts[has_playout]
         needed_share = (account.num_needed + _PRIOR_NEEDED) / (account.num_deferred + _PRIOR_DEFERRED)
         later_s = min(1.0, needed_share) * self._again.value
-        if later_s > account.saved.value:  # what is made later costs more alone: nothing to find out
+        if later_s > account.saved.value - heir_s:  # what is made later costs more alone: nothing to find out
             return False
         deferred_s = account.deferred.value + later_s
-        save = WayEstimate("save", account.saved.value, account.num_saved)
+        save = WayEstimate("save", account.saved.value - heir_s, account.num_saved)
         defer = WayEstimate("defer", deferred_s, account.num_deferred)
         return choose_way([save, defer]) == "defer"
 

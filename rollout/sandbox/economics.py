@@ -20,15 +20,63 @@ Pure bookkeeping; whoever does the work brings the seconds.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-__all__ = ["WINDOW", "Economics", "RunningMedian", "WayCost", "add_ways", "ways_record"]
+__all__ = [
+    "WINDOW",
+    "Economics",
+    "RunningMedian",
+    "WayCost",
+    "WayEstimate",
+    "add_ways",
+    "choose_way",
+    "ways_record",
+]
 
 WINDOW = 63
 _FRESH = 16
 """A median is computed again after so many new numbers: a branch may take less time than sorting them."""
+
+
+_NUM_TRIES = 16
+"""Of each way, before medians are trusted."""
+_TRY_AGAIN_EVERY = 256
+"""Costs drift, so the dearer way gets one choice in so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class WayEstimate:
+    """What a way is expected to cost.
+
+    Attributes:
+        kind: Its name.
+        expected_s: Seconds; means nothing before it was tried.
+        num_tries: How often it was taken.
+    """
+
+    kind: str
+    expected_s: float
+    num_tries: int
+
+
+def choose_way(ways: Sequence[WayEstimate]) -> str:
+    """The cheapest way, once each was tried `_NUM_TRIES` times; else the first that was not.
+
+    A way that is not the cheapest is tried again when fewer than one in `_TRY_AGAIN_EVERY` choices fell on
+    it. Of equals the first is taken.
+
+    Raises:
+        ValueError: There is no way at all.
+    """
+    if not ways:
+        raise ValueError("no way to choose from")
+    num_choices = sum(way.num_tries for way in ways)
+    for way in ways:
+        if way.num_tries < _NUM_TRIES or way.num_tries * _TRY_AGAIN_EVERY < num_choices:
+            return way.kind
+    return min(ways, key=lambda way: way.expected_s).kind
 
 
 class RunningMedian:
@@ -128,6 +176,10 @@ class Economics:
         running = self._medians.get(kind)
         return 0.0 if running is None else running.value
 
+    def estimate(self, kind: str) -> WayEstimate:
+        """What a way is expected to cost."""
+        return WayEstimate(kind, self.cost_s(kind), self._counts.get(kind, 0))
+
     def rebuild_s(self, *, from_reset: bool) -> float:
         """What making a state again would take: an opening, or one branch of a state that is held."""
         if from_reset:
@@ -142,6 +194,17 @@ class Economics:
         self.add("clone", duration_s, count)
         other_s = self.cost_s("open") + num_steps * self.cost_s("step")
         self._save("clone", count * other_s - duration_s)
+
+    def continued(self, duration_s: float, num_steps: int, *, is_held: bool, gives_up: bool) -> None:
+        """Takes in that a child went on in its parent's sandbox, which lies `num_steps` after the reset.
+
+        Else it would have been cloned, and the checkpoint first made again, if it is not held.
+        """
+        kind = "inherit" if gives_up else "continue"
+        self.add(kind, duration_s)
+        clone_s = self.cost_s("clone") or self.cost_s("open") + num_steps * self.cost_s("step")
+        remake_s = 0.0 if is_held else self.rebuild_s(from_reset=num_steps == 0)
+        self._save(kind, clone_s + remake_s - duration_s)
 
     def replayed(self, duration_s: float, num_steps: int, *, from_reset: bool) -> None:
         """Takes in that a state was made again by playing `num_steps`, perhaps from the reset on."""
@@ -165,7 +228,7 @@ class Economics:
             kind: WayCost(
                 self._counts[kind], self._seconds[kind], self._saved_s.get(kind, 0.0), self.cost_s(kind)
             )
-            for kind in ("clone", "replay", "reset", "defer")
+            for kind in ("clone", "continue", "inherit", "replay", "reset", "defer")
             if kind in self._counts
         }
 

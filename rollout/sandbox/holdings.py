@@ -17,19 +17,41 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rollout.branch import BranchJob
 from rollout.errors import CapacityError, CheckpointError
-from rollout.sandbox.base import Checkpoint, Engine
+from rollout.sandbox.base import Checkpoint, Engine, Sandbox
 from rollout.sandbox.lineage import Lineage, OpeningOrigin, Origin
 from rollout.sandbox.store import CheckpointStore
 from rollout.types import RngPolicy, Step
 
-__all__ = ["Holdings", "Replay"]
+__all__ = ["Holdings", "Pinned", "Remade", "Replay"]
 
-Replay = Callable[[Origin, Checkpoint | None], Awaitable[Checkpoint]]
-"""Plays an origin again from the checkpoint of its parent (None for an opening) and saves what comes out."""
+
+@dataclass(frozen=True, slots=True)
+class Remade:
+    """A state that was played again: saved, and the sandbox as it was saved, which its receiver ends."""
+
+    checkpoint: Checkpoint
+    sandbox: Sandbox
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What the engine holds for a checkpoint.
+
+    Attributes:
+        held: The engine's own checkpoint.
+        sandbox: As that was saved, if it was made again just now; its receiver ends it.
+    """
+
+    held: Checkpoint
+    sandbox: Sandbox | None = None
+
+
+Replay = Callable[[Origin, Checkpoint | Remade | None], Awaitable[Remade]]
+"""Plays an origin again from its parent (None for an opening), whose sandbox it ends, and saves the outcome."""
 
 
 class Holdings:
@@ -124,7 +146,26 @@ class Holdings:
         """How it came to be; None if unknown or forgotten."""
         return self._lineage.origin(checkpoint.id)
 
-    async def pin(self, checkpoint: Checkpoint) -> Checkpoint:
+    def is_held(self, checkpoint: Checkpoint) -> bool:
+        """Whether the engine holds it now."""
+        return self._lineage.current(checkpoint).id in self._store
+
+    def may_give_up(self, checkpoint: Checkpoint) -> bool:
+        """Whether it is held, could be made again, and is needed for nothing else now."""
+        held_id = self._lineage.current(checkpoint).id
+        return (
+            self.is_replayable
+            and checkpoint.id not in self._leaving
+            and not self._num_deferred.get(checkpoint.id)
+            and self._store.may_go(held_id)
+        )
+
+    async def give_up(self, checkpoint: Checkpoint) -> None:
+        """Lets one go before its release, because its last child goes on with it; as if it was evicted."""
+        if (gone := self._store.evict(self._lineage.current(checkpoint).id)) is not None:
+            await self._engine.discard(gone)
+
+    async def pin(self, checkpoint: Checkpoint) -> Pinned:
         """What the engine holds for a checkpoint, safe from eviction until `unpin`; made again if need be.
 
         Raises:
@@ -136,7 +177,7 @@ class Holdings:
             raise CheckpointError(f"checkpoint {checkpoint.id} was released")
         held = self._lineage.current(checkpoint)
         if held.id in self._store:
-            return self._store.pin(held.id)
+            return Pinned(self._store.pin(held.id))
         if origin is None:
             raise CheckpointError(f"checkpoint {checkpoint.id} is unknown here: released, or of another host")
         if not self.is_replayable and not self.is_deferred(checkpoint):
@@ -149,14 +190,18 @@ class Holdings:
             async with remaking:
                 held = self._lineage.current(checkpoint)
                 if held.id in self._store:  # made again while we waited
-                    return self._store.pin(held.id)
-                held = await self._make_again(origin)
-                self._lineage.remade(checkpoint.id, held)
-                await self._keep(held, origin, pin=True)
+                    return Pinned(self._store.pin(held.id))
+                made = await self._make_again(origin)
+                try:
+                    self._lineage.remade(checkpoint.id, made.checkpoint)
+                    await self._keep(made.checkpoint, origin, pin=True)
+                    await self._need_no_parent(checkpoint.id)
+                except BaseException:
+                    await made.sandbox.kill()
+                    raise
         finally:
             self._remaking.pop(checkpoint.id, None)
-        await self._need_no_parent(checkpoint.id)
-        return held
+        return Pinned(made.checkpoint, made.sandbox)
 
     async def unpin(self, held: Checkpoint) -> None:
         """Takes back one `pin`."""
@@ -205,7 +250,7 @@ class Holdings:
             self.num_evicted += 1
             await self._engine.discard(checkpoint)
 
-    async def _make_again(self, origin: Origin) -> Checkpoint:
+    async def _make_again(self, origin: Origin) -> Remade:
         """From the nearest ancestor that is still held."""
         self.num_remade += 1
         if isinstance(origin, OpeningOrigin):
@@ -217,8 +262,8 @@ class Holdings:
                 return await self._replay(origin, parent)
             finally:
                 await self.unpin(parent)
-        parent = await self._make_again(origin.parent)
+        made = await self._make_again(origin.parent)
         try:
-            return await self._replay(origin, parent)
+            return await self._replay(origin, made)
         finally:
-            await self._engine.discard(parent)
+            await self._engine.discard(made.checkpoint)

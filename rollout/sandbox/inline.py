@@ -34,8 +34,9 @@ from rollout.sandbox.global_rng import GlobalState, OwnGenerators
 from rollout.sandbox.guest_env import GuestEnv
 from rollout.sandbox.inline_fidelity import Recipe, Trust, examine
 from rollout.sandbox.inline_files import PrivateFolder, ScratchFolder
-from rollout.sandbox.inline_sandbox import InlineSandbox, Record, load_state
-from rollout.types import Randomness, RngPolicy
+from rollout.sandbox.inline_owner import Record
+from rollout.sandbox.inline_sandbox import InlineSandbox, load_state
+from rollout.types import Randomness
 
 __all__ = ["InlineEngine", "InlineSandbox"]
 
@@ -230,15 +231,10 @@ class InlineEngine:
     ) -> InlineSandbox:
         generators = None if record.globals is None else OwnGenerators(record.globals)
         env = GuestEnv(seeds_globals=generators is not None, state=state)
-        if how.policy is not RngPolicy.INHERIT:
-            seed = secrets.randbits(63) if how.seed is None else how.seed
-            if generators is None:
-                env.reseed(seed)
-            else:
-                with generators.installed():
-                    env.reseed(seed)
         folder = None if record.folder is None else PrivateFolder(self._scratch, record.folder.hold())
-        return self._admit(checkpoint_id, env, record.recipe, record.trust, generators, folder)
+        clone = self._admit(checkpoint_id, env, record.recipe, record.trust, generators, folder)
+        clone.reseed(how)
+        return clone
 
     def _admit(
         self,

@@ -6,68 +6,26 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Self
 
 from rollout.errors import CheckpointError, EnvError, ForkError, GuestError, RolloutError
-from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint, PhaseTimings
+from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint, gone_on
 from rollout.sandbox.global_rng import GlobalState, OwnGenerators
 from rollout.sandbox.guest_env import GuestEnv
 from rollout.sandbox.guest_ops import ENV_OPERATIONS
 from rollout.sandbox.inline_copy import COPIERS, Saved
 from rollout.sandbox.inline_fidelity import Recipe, Trust
-from rollout.sandbox.inline_files import FrozenFolder, PrivateFolder, ScratchFolder, run_command
+from rollout.sandbox.inline_files import PrivateFolder, run_command
+from rollout.sandbox.inline_owner import InlineOwner, Record
 from rollout.sandbox.inline_transfers import FolderTransfers
-from rollout.types import ExecResult, Value
+from rollout.types import ExecResult, Randomness, RngPolicy, Value
 
-__all__ = ["InlineOwner", "InlineSandbox", "Record", "load_state"]
+__all__ = ["InlineSandbox", "load_state"]
 
 _PHASES: Final = {op: op.removeprefix("env.") for op in ENV_OPERATIONS}
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What a checkpoint holds."""
-
-    saved: Saved
-    recipe: Recipe | None
-    trust: Trust | None
-    globals: GlobalState | None
-    folder: FrozenFolder | None
-
-
-class InlineOwner(Protocol):
-    """What a sandbox needs of its engine."""
-
-    @property
-    def timings(self) -> PhaseTimings:
-        """Where time is counted."""
-        ...
-
-    @property
-    def scratch(self) -> ScratchFolder:
-        """Where folders are made."""
-        ...
-
-    def trust(self, recipe: Recipe) -> Trust:
-        """How environments of a kind are copied.
-
-        Raises:
-            CheckpointError: Copies do not behave as the original.
-            EnvError: The environment cannot be made a second time.
-        """
-        ...
-
-    def keep(self, record: Record, parent_id: str | None) -> Checkpoint:
-        """Takes in a record and names it."""
-        ...
-
-    def forget(self, sandbox: InlineSandbox) -> None:
-        """A sandbox has ended."""
-        ...
 
 
 class InlineSandbox(FolderTransfers):
@@ -82,8 +40,10 @@ class InlineSandbox(FolderTransfers):
         "_hibernating",
         "_id",
         "_is_alive",
+        "_owns_env",
         "_parent_id",
         "_recipe",
+        "_saved_as",
         "_trust",
     )
 
@@ -109,6 +69,8 @@ class InlineSandbox(FolderTransfers):
         self._commands: frozenset[asyncio.Future[ExecResult]] = frozenset()
         self._hibernating: Saved | None = None
         self._is_alive = True
+        self._owns_env = parent_id is None
+        self._saved_as: str | None = None
 
     @property
     def id(self) -> str:
@@ -133,7 +95,7 @@ class InlineSandbox(FolderTransfers):
             GuestError: There is no such operation, its arguments are wrong, or the sandbox is dead.
         """
         operation = ENV_OPERATIONS.get(op)
-        self._wake()
+        self._go_on()
         if operation is None:
             if op == "ping":
                 return None
@@ -171,7 +133,7 @@ class InlineSandbox(FolderTransfers):
         Raises:
             GuestError: It cannot be started, or the sandbox is dead.
         """
-        self._wake()
+        self._go_on()
         folder = self._files()
         start_s = perf_counter()
         command = asyncio.ensure_future(
@@ -200,7 +162,7 @@ class InlineSandbox(FolderTransfers):
         Raises:
             GuestError: It is missing, unreadable or outside the folder, or the sandbox is dead.
         """
-        self._wake()
+        self._go_on()
         place = self._files().resolve(path)
         try:
             return place.read_bytes()
@@ -213,7 +175,7 @@ class InlineSandbox(FolderTransfers):
         Raises:
             GuestError: It cannot be written or is outside the folder, or the sandbox is dead.
         """
-        self._wake()
+        self._go_on()
         place = self._files().resolve(path)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -241,8 +203,37 @@ class InlineSandbox(FolderTransfers):
             folder=None if self._folder is None else self._folder.freeze(),
         )
         checkpoint = self._engine.keep(record, self._parent_id)
+        self._saved_as = checkpoint.id
         self._engine.timings.add("checkpoint", perf_counter() - start_s)
         return checkpoint
+
+    async def take_over(self, randomness: Randomness) -> None:
+        """Reseeds it where it is; see `Sandbox.take_over`.
+
+        Raises:
+            CheckpointError: It was never saved, or has gone on since.
+            ForkError: It was hibernated and could not be made again.
+            GuestError: The sandbox is dead.
+        """
+        start_s = perf_counter()
+        self._check_alive()
+        if self._saved_as is None:
+            raise gone_on(self._id)
+        self._wake()
+        self.reseed(randomness)
+        self._parent_id, self._saved_as = self._saved_as, None
+        self._engine.timings.add("restore", perf_counter() - start_s)
+
+    def reseed(self, randomness: Randomness) -> None:
+        """Gives its generators what a clone's get."""
+        if randomness.policy is RngPolicy.INHERIT:
+            return
+        seed = secrets.randbits(63) if randomness.seed is None else randomness.seed
+        if self._generators is None:
+            self._env.reseed(seed)
+        else:
+            with self._generators.installed():
+                self._env.reseed(seed)
 
     async def hibernate(self) -> None:
         """Keeps the environment in its copied form alone. Idempotent.
@@ -264,7 +255,7 @@ class InlineSandbox(FolderTransfers):
             ForkError: It could not be made.
             GuestError: The sandbox is dead.
         """
-        self._wake()
+        self._go_on()
 
     async def kill(self) -> None:
         """Drops the environment and the folder, and ends commands. Idempotent, never raises."""
@@ -278,7 +269,7 @@ class InlineSandbox(FolderTransfers):
             await asyncio.shield(asyncio.wait(self._commands))
         if self._folder is not None:
             self._folder.remove()
-        if self._parent_id is None:
+        if self._owns_env:
             # Only what was made here is closed: a copy may name resources that are its siblings' too.
             with contextlib.suppress(EnvError):  # whatever it thinks of its end
                 self._env.close()
@@ -295,6 +286,11 @@ class InlineSandbox(FolderTransfers):
     def _check_alive(self) -> None:
         if not self._is_alive:
             raise GuestError(f"the sandbox {self._id} has been killed")
+
+    def _go_on(self) -> None:
+        """Something is asked of it: from now on it is not as it was saved."""
+        self._wake()
+        self._saved_as = None
 
     def _wake(self) -> None:
         self._check_alive()
@@ -327,7 +323,7 @@ class InlineSandbox(FolderTransfers):
 
     def place(self, path: str) -> Path:
         """See `FolderTransfers.place`."""
-        self._wake()
+        self._go_on()
         return self._files().resolve(path)
 
     def _files(self) -> PrivateFolder:

@@ -54,6 +54,11 @@ class Phases:
         fork = self._engine.fork(held, len(randomness), randomness=randomness)
         return await self.within(self._limits.fork_timeout_s, ForkError, "a fork", fork)
 
+    async def take_over(self, sandbox: Sandbox, randomness: Randomness) -> None:
+        """A saved sandbox that goes on as a clone."""
+        go_on = sandbox.take_over(randomness)
+        await self.within(self._limits.fork_timeout_s, ForkError, "taking a sandbox over", go_on)
+
     async def call(self, what: str, call: Awaitable[T]) -> T:
         """A call into a guest."""
         return await self.within(self._limits.call_timeout_s, GuestError, what, call)

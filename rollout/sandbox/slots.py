@@ -24,6 +24,11 @@ class Slots:
         self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @property
+    def num_free(self) -> int:
+        """How many can be taken at once by somebody who is first in line."""
+        return self._free
+
+    @property
     def num_waiting(self) -> int:
         """How many are asked for by those who wait."""
         return sum(wanted for wanted, _ in self._line)

@@ -150,6 +150,10 @@ class CheckpointStore:
         self._held_bytes -= entry.checkpoint.private_bytes
         return entry.checkpoint
 
+    def may_go(self, checkpoint_id: str) -> bool:
+        """Whether it is held, evictable and not pinned."""
+        return checkpoint_id in self._held and self._may_go(checkpoint_id)
+
     def _may_go(self, checkpoint_id: str) -> bool:
         return checkpoint_id not in self._pins and checkpoint_id not in self._fixed
 

@@ -236,6 +236,15 @@ class Search(Protocol):
         """Whether no later trial will begin from a node, so that its checkpoint can be released."""
         ...
 
+    def closes(self, node_id: int, *, advances: bool) -> bool:
+        """Whether no trial will begin from a node after those in flight, but for their retries.
+
+        Args:
+            node_id: The node.
+            advances: The search may be advanced later, and begin from any node that can be drawn again.
+        """
+        ...
+
     def advance(self, action: int, state_hash: str | None, seed: int) -> bool:
         """Makes the state that a played action led to the root, with what is known below it.
 

@@ -136,6 +136,13 @@ class Ensemble:
         """As the member's whose node it is; the root is every member's."""
         return all(self._members[member].is_spent(node) for member, node in self._forest.members(node_id))
 
+    def closes(self, node_id: int, *, advances: bool) -> bool:
+        """As the member's whose node it is; the root is every member's."""
+        return all(
+            self._members[member].closes(node, advances=advances)
+            for member, node in self._forest.members(node_id)
+        )
+
     def advance(self, action: int, state_hash: str | None, seed: int) -> bool:
         """Moves every member's root, or none.
 

@@ -209,6 +209,19 @@ class TreeSearch:
             edge == UNTRIED or (edge >= 0 and self._can_be_drawn(edge)) for edge in tree.edges(node_id)
         )
 
+    def closes(self, node_id: int, *, advances: bool) -> bool:
+        """Whether no trial will begin from a node after those in flight, but for their retries."""
+        tree = self._tree
+        if any(slot.source == tree.trial[node_id] for slot in self._ready):
+            return False
+        if not advances and (self._exhausted or self._num_started >= self._limits.simulations):
+            return True
+        return (
+            isinstance(self._drawing, SingleOutcome)
+            and not tree.open_ended[node_id]
+            and not any(edge == UNTRIED for edge in tree.edges(node_id))
+        )
+
     def advance(self, action: int, state_hash: str | None, seed: int) -> bool:
         """Makes the state that a played action led to the root, if the tree has it.
 

@@ -89,7 +89,7 @@ async def test_a_full_queue_refuses(host: Host) -> None:
 async def test_it_says_how_it_is(host: Host) -> None:
     opening = (await host.open(1, "a", TASK, 0)).value
     stats = await host.renew(1)
-    assert (stats.checkpoints, stats.live_sandboxes, stats.branches) == (1, 0, 0)
+    assert (stats.checkpoints, stats.live_sandboxes, stats.branches) == (1, 1, 0), "the opening's heir"
     assert stats.checkpoint_bytes == opening.checkpoint.private_bytes
     assert stats.rss_bytes > 1 << 20
     assert stats.timings.calls["reset"] == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,11 +15,13 @@ from rollout.env import Task
 from rollout.errors import CapacityError, CheckpointError, EnvError, ForkError, GuestError, RolloutError
 from rollout.sandbox.base import Checkpoint, Sandbox
 from rollout.sandbox.branching import LocalBrancher
+from rollout.sandbox.heirs import WAYS
 from rollout.sandbox.inline import InlineEngine
 from rollout.testing import Fault, FaultPlan, FaultyEngine
 from rollout.types import PlayoutRequest, PlayoutResult, Randomness, RngPolicy, Step, Value
 
 TASK = Task("only")
+CLONES = ("clone",)
 DOWN, RIGHT = 1, 2
 
 
@@ -51,9 +53,10 @@ def brancher(
     synchronous: bool = False,
     concurrency: int = 4,
     limits: EngineConfig | None = None,
+    ways: Sequence[str] = WAYS,
 ) -> tuple[LocalBrancher, FaultyEngine]:
     engine = FaultyEngine(inline, plan, synchronous=synchronous)
-    made = LocalBrancher(engine, played or env(), limits=limits, concurrency=concurrency)
+    made = LocalBrancher(engine, played or env(), limits=limits, concurrency=concurrency, ways=ways)
     return made, engine
 
 
@@ -71,9 +74,10 @@ def facts(result: BranchResult) -> object:
 async def test_results_depend_on_the_jobs_alone(inline: InlineEngine, concurrency: int) -> None:
     alone, _ = brancher(inline, synchronous=True)
     many, engine = brancher(inline, concurrency=concurrency)
-    first, second = await alone.open(TASK, 7), await many.open(TASK, 7)
-    assert first.step == second.step
+    first = await alone.open(TASK, 7)
     expected = [facts(result) for result in await alone.run(jobs(first, 12))]
+    second = await many.open(TASK, 7)
+    assert first.step == second.step
     assert [facts(result) for result in await many.run(jobs(second, 12))] == expected
     assert len({str(fact) for fact in expected}) > 1, "slippery ice: seeds matter"
     assert engine.most_sandboxes <= concurrency
@@ -131,7 +135,7 @@ async def test_a_failed_phase_is_a_result_and_nothing_of_it_is_kept(
 
 
 async def test_a_fork_of_several_fails_for_all_of_them(inline: InlineEngine) -> None:
-    carrier, _ = brancher(inline, fails("fork", 1, ForkError("none")), concurrency=8)
+    carrier, _ = brancher(inline, fails("fork", 1, ForkError("none")), concurrency=8, ways=CLONES)
     opening = await carrier.open(TASK, 0)
     results = await carrier.run(jobs(opening, 4))
     assert [result.failure is None for result in results] == [False] * 4
@@ -155,7 +159,7 @@ async def test_every_phase_has_a_deadline(
         return Fault(delay_s=60) if is_open and name == phase else None
 
     limits = EngineConfig.model_validate({limit: 0.05})
-    carrier, _ = brancher(inline, hang, limits=limits)
+    carrier, _ = brancher(inline, hang, limits=limits, ways=CLONES)
     opening = await carrier.open(TASK, 0)
     is_open = True
     [result] = await carrier.run(jobs(opening, 1))
@@ -174,7 +178,7 @@ async def test_cancelling_ends_every_clone(inline: InlineEngine) -> None:
             are_stepping.set()
         return Fault(delay_s=60) if name == "env.step" else None
 
-    carrier, _ = brancher(inline, hang)
+    carrier, _ = brancher(inline, hang, ways=CLONES)
     opening = await carrier.open(TASK, 0)
     running = asyncio.create_task(carrier.run(jobs(opening, 12)))
     await are_stepping.wait()
@@ -222,11 +226,11 @@ async def chain(carrier: LocalBrancher, randomness: Randomness | None = None) ->
 async def test_what_the_budget_evicts_is_made_again(
     inline: InlineEngine, randomness: Randomness | None
 ) -> None:
-    roomy, _ = brancher(inline)
+    roomy, _ = brancher(inline, ways=CLONES)
     expected = [facts(result) for result in await chain(roomy, randomness)]
     assert roomy.stats.evicted_checkpoints == 0
     limits = EngineConfig.model_construct(**EngineConfig().model_dump() | {"checkpoint_budget_bytes": 1})
-    tight, _ = brancher(inline, limits=limits)
+    tight, _ = brancher(inline, limits=limits, ways=CLONES)
     assert [facts(result) for result in await chain(tight, randomness)] == expected
     assert tight.stats.evicted_checkpoints > 8
     assert tight.stats.remade_checkpoints > 8
@@ -242,13 +246,13 @@ async def test_what_the_budget_evicts_is_made_again(
 
 
 async def test_what_cannot_be_made_again_is_never_evicted(inline: InlineEngine) -> None:
-    roomy, _ = brancher(inline)
+    roomy, _ = brancher(inline, ways=CLONES)
     opening = await roomy.open(TASK, 0)
     each_bytes = opening.checkpoint.private_bytes
     limits = EngineConfig.model_construct(
         **EngineConfig().model_dump() | {"checkpoint_budget_bytes": int(2.5 * each_bytes)}
     )
-    tight, _ = brancher(inline, limits=limits, concurrency=1)
+    tight, _ = brancher(inline, limits=limits, concurrency=1, ways=CLONES)
     opening = await tight.open(TASK, 0)
     unique = [BranchJob(opening.checkpoint, (0,), Randomness()) for _ in range(4)]
     results = await tight.run(unique)
@@ -298,7 +302,7 @@ async def test_an_environment_without_digests_is_told_by_what_it_shows(inline: I
             return replace(step, observation=self.drawn)
 
     limits = EngineConfig.model_construct(**EngineConfig().model_dump() | {"checkpoint_budget_bytes": 1})
-    carrier, _ = brancher(inline, played=Drifting(env_id="FrozenLake-v1"), limits=limits)
+    carrier, _ = brancher(inline, played=Drifting(env_id="FrozenLake-v1"), limits=limits, ways=CLONES)
     opening = await carrier.open(TASK, 0)
     [first] = await carrier.run([BranchJob(opening.checkpoint, (0,), Randomness.seeded(1))])
     assert first.checkpoint is not None

@@ -17,7 +17,8 @@ from rollout.env import Task
 from rollout.errors import CheckpointError
 from rollout.sandbox.base import Checkpoint, Sandbox
 from rollout.sandbox.branching import LocalBrancher
-from rollout.sandbox.deferral import NUM_PROBES, NUM_SAVED, Deferral, WayEstimate, choose_way
+from rollout.sandbox.deferral import NUM_PROBES, NUM_SAVED, Deferral
+from rollout.sandbox.economics import WayEstimate, choose_way
 from rollout.sandbox.inline import InlineEngine
 from rollout.testing import Fault, FaultyEngine
 from rollout.types import PlayoutRequest, Randomness, RngPolicy, Step, Value

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from rollout.sandbox.base import Engine
-from rollout.sandbox.contract import commands, episodes, forks
+from rollout.sandbox.contract import commands, episodes, forks, takeovers
 from rollout.sandbox.contract.episodes import seeded_trace
 from rollout.sandbox.contract.tools import ContractViolation
 
@@ -58,5 +58,12 @@ CHECKS: Final[tuple[Check, ...]] = (
     forks.check_foreign_checkpoints,
     forks.check_many_at_once,
     forks.check_close,
+    takeovers.check_take_over_seeded,
+    takeovers.check_take_over_unique,
+    takeovers.check_take_over_inherit,
+    takeovers.check_take_over_again,
+    takeovers.check_take_over_spoilt,
+    takeovers.check_take_over_siblings,
+    takeovers.check_take_over_without_checkpoint,
 )
 """All of them; each wants an engine of its own."""

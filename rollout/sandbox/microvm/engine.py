@@ -23,8 +23,9 @@ from typing import Self, TypeVar
 from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError, CapacityError, CheckpointError, ForkError, RolloutError
 from rollout.sandbox.base import Capabilities, Checkpoint, PhaseTimings, Sandbox
+from rollout.sandbox.microvm.owner import Waking
 from rollout.sandbox.microvm.reviver import Reviver
-from rollout.sandbox.microvm.sandbox import MicroVMSandbox, Waking
+from rollout.sandbox.microvm.sandbox import MicroVMSandbox
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.stock import Stock, Stocks
 from rollout.sandbox.microvm.vmm import Vmm
@@ -238,6 +239,10 @@ class MicroVMEngine:
     async def revive(self, sandbox: MicroVMSandbox, snapshot: Snapshot, randomness: Randomness) -> Waking:
         """Restores a snapshot under a sandbox's identity; see `Reviver.revive`."""
         return await self._reviver.revive(sandbox, self._stock_of[sandbox.id], snapshot, randomness)
+
+    async def greet(self, sandbox: MicroVMSandbox, waking: Waking, randomness: Randomness) -> None:
+        """Has a machine that goes on confirm a handshake; see `Reviver.greet`."""
+        await self._reviver.greet(sandbox, waking.client, randomness)
 
     async def make_room(self) -> None:
         """Waits for memory for a machine that goes on; see `Room.to_grow`."""

@@ -17,9 +17,10 @@ from rollout.sandbox.base import PhaseTimings
 from rollout.sandbox.client import GuestClient
 from rollout.sandbox.microvm.boot import InThread
 from rollout.sandbox.microvm.limits import VmmLimits
+from rollout.sandbox.microvm.owner import Waking
 from rollout.sandbox.microvm.pool import Ready, become
 from rollout.sandbox.microvm.room import Idler, Room
-from rollout.sandbox.microvm.sandbox import MicroVMSandbox, Waking
+from rollout.sandbox.microvm.sandbox import MicroVMSandbox
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.stock import Stock
 from rollout.types import Randomness
@@ -87,6 +88,18 @@ class Reviver:
                     ready = await self._take(stock, dormant=True)
             return await self._shake_hands(sandbox, stock, ready, snapshot, randomness)
 
+    async def greet(self, sandbox: MicroVMSandbox, client: GuestClient, randomness: Randomness) -> None:
+        """Has a running machine confirm a handshake under a sandbox's identity.
+
+        Raises:
+            GuestError: It did not.
+        """
+        begun_s = time.perf_counter()
+        sandbox.generation += 1
+        timeout_s = self._config.fork_timeout_s
+        await client.hello(sandbox.generation, randomness, hostname=sandbox.id, timeout_s=timeout_s)
+        self._timings.add("handshake", time.perf_counter() - begun_s)
+
     async def release(self, stock: Stock | None, waking: Waking, content: Snapshot | None) -> None:
         """Takes the machine of a sandbox that has ended.
 
@@ -140,11 +153,9 @@ class Reviver:
         except BaseException:
             vmm.kill()
             raise
-        became_s = time.perf_counter()
-        self._timings.add(phase, became_s - begun_s)
+        self._timings.add(phase, time.perf_counter() - begun_s)
         try:
-            sandbox.generation += 1
-            await client.hello(sandbox.generation, randomness, hostname=sandbox.id, timeout_s=timeout_s)
+            await self.greet(sandbox, client, randomness)
         except BaseException as error:
             vmm.kill()
             await asyncio.shield(client.close())
@@ -153,7 +164,6 @@ class Reviver:
                     f"a clone did not confirm its handshake: {error.message}", retryable=True
                 ) from error
             raise
-        self._timings.add("handshake", time.perf_counter() - became_s)
         return Waking(vmm, client)
 
     async def _retire(self, stock: Stock, ready: Ready) -> None:

@@ -13,73 +13,26 @@ answer a question that nobody asked it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
-from rollout.errors import CheckpointError, GuestError, RolloutError
-from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint, PhaseTimings
+from rollout.errors import CheckpointError, ForkError, GuestError, RolloutError
+from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint, gone_on
 from rollout.sandbox.client import GuestClient
 from rollout.sandbox.commands import has_running_commands
 from rollout.sandbox.folders import GuestFolders
+from rollout.sandbox.microvm.owner import Owner, Waking
 from rollout.sandbox.microvm.snapshot import Snapshot
-from rollout.sandbox.microvm.vmm import Vmm
 from rollout.types import ExecResult, Randomness, RngPolicy, Value
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
 
-__all__ = ["MicroVMSandbox", "Owner", "Waking"]
+__all__ = ["MicroVMSandbox"]
 
-T = TypeVar("T")
 _BACKGROUND_POLL_S = 0.5  # how soon after its last command has ended a machine is parked
-
-
-class Owner(Protocol):
-    """What a sandbox needs of its engine."""
-
-    @property
-    def timings(self) -> PhaseTimings:
-        """Where time goes."""
-        ...
-
-    async def in_thread(self, function: Callable[[], T]) -> T:
-        """Runs blocking work of one VMM in a worker thread."""
-        ...
-
-    async def save(self, sandbox: MicroVMSandbox, vmm: Vmm) -> Snapshot:
-        """Reads a machine and makes a snapshot of it; the machine is stopped afterwards."""
-        ...
-
-    def keep(self, sandbox: MicroVMSandbox, snapshot: Snapshot) -> Checkpoint:
-        """Makes a checkpoint of a snapshot."""
-        ...
-
-    async def revive(self, sandbox: MicroVMSandbox, snapshot: Snapshot, randomness: Randomness) -> Waking:
-        """Restores a snapshot under the sandbox's identity."""
-        ...
-
-    def forget(self, sandbox: MicroVMSandbox) -> None:
-        """The sandbox is dead."""
-        ...
-
-    async def make_room(self) -> None:
-        """Waits for memory for a machine that goes on."""
-        ...
-
-    async def release(self, sandbox: MicroVMSandbox, waking: Waking, content: Snapshot | None) -> None:
-        """Takes the machine of a dying sandbox, for another use; nothing else uses it any more."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Waking:
-    """A machine that confirmed its handshake."""
-
-    vmm: Vmm
-    client: GuestClient
 
 
 class MicroVMSandbox(GuestFolders):
@@ -112,6 +65,7 @@ class MicroVMSandbox(GuestFolders):
         self._waking: Waking | None = None
         self._is_parked = False
         self._is_as_saved = False
+        self._saved_as: str | None = None
         self._is_dead = False
         self._keeps_running = False
         self._has_background = False
@@ -150,7 +104,7 @@ class MicroVMSandbox(GuestFolders):
     def attach(self, waking: Waking) -> None:
         """Gives it the machine that it is from now on."""
         self._waking = waking
-        self._is_parked = self._is_as_saved = False
+        self._note_running()
         self._plan_parking()
 
     def keep_running(self, keep: bool) -> None:
@@ -220,13 +174,26 @@ class MicroVMSandbox(GuestFolders):
     async def checkpoint(self) -> Checkpoint:
         """See `Sandbox.checkpoint`. The sandbox is parked afterwards, unless it keeps running."""
         async with self._quiet() as waking:
-            if waking is None:
-                return self._owner.keep(self, self.origin)
-            await self._save(waking)
-            if self._keeps_running or self._has_background:
+            if waking is not None:
+                await self._save(waking)
+            checkpoint = self._owner.keep(self, self.origin)
+            self._saved_as = checkpoint.id
+            if waking is not None and (self._keeps_running or self._has_background):
                 await self._resume(waking)
                 self._plan_parking()
-            return self._owner.keep(self, self.origin)
+            return checkpoint
+
+    async def take_over(self, randomness: Randomness) -> None:
+        """See `Sandbox.take_over`. A machine that runs between requests has always gone on."""
+        async with self._changing:
+            self._require_alive()
+            if (saved_as := self._saved_as) is None:
+                raise gone_on(self._id)
+            if (waking := self._waking) is None:
+                self.attach(await self._owner.revive(self, self.origin, randomness))
+            else:
+                await self._go_on_as_clone(waking, randomness)
+            self._parent_id = saved_as
 
     async def hibernate(self) -> None:
         """See `Sandbox.hibernate`."""
@@ -337,7 +304,26 @@ class MicroVMSandbox(GuestFolders):
         except RolloutError as error:
             await self.kill()
             raise GuestError(f"sandbox {self._id} is gone: {error.message}", retryable=True) from error
+        self._note_running()
+
+    async def _go_on_as_clone(self, waking: Waking, randomness: Randomness) -> None:
+        try:
+            await self._owner.make_room()
+            await self._resume(waking)
+            await self._owner.greet(self, waking, randomness)
+        except BaseException as error:
+            await self.kill()
+            if isinstance(error, GuestError):
+                raise ForkError(
+                    f"sandbox {self._id} cannot go on: {error.message}", retryable=True
+                ) from error
+            raise
+        self.last_used_s = asyncio.get_running_loop().time()
+        self._plan_parking()
+
+    def _note_running(self) -> None:
         self._is_parked = self._is_as_saved = False
+        self._saved_as = None
 
     async def _end(self, waking: Waking) -> None:
         waking.vmm.kill()

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rollout.errors import CheckpointError, EnvError, ForkError, GuestError, RolloutError
-from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint
+from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint, gone_on
 from rollout.sandbox.client import GuestClient
 from rollout.sandbox.folders import GuestFolders
 from rollout.sandbox.process.gate import Gate
@@ -48,6 +48,7 @@ class ProcessSandbox(GuestFolders):
         self._num_commands = 0
         self._is_parked = False
         self._private_bytes = 0
+        self._saved_as: str | None = None
         self._ending: asyncio.Task[None] | None = None
 
     @property
@@ -146,7 +147,26 @@ class ProcessSandbox(GuestFolders):
         checkpoint_id = self._engine.new_checkpoint_id()
         with self._engine.timed("checkpoint"):
             await self._park(checkpoint_id)
+        self._saved_as = checkpoint_id
         return self._engine.checkpoint_value(checkpoint_id, self._parent_id, self._private_bytes)
+
+    async def take_over(self, randomness: Randomness) -> None:
+        """Lets it go on as a clone of its checkpoint would; see `Sandbox.take_over`.
+
+        Costs the fork of a clone as long as the checkpoint is held: its process stays what it is, and a copy
+        goes on.
+
+        Raises:
+            CheckpointError: It was never saved, or has gone on since.
+            ForkError: It could not be woken, or did not confirm its handshake.
+            GuestError: The sandbox has ended.
+        """
+        async with self._gate.alone():
+            self._refuse_if_dead()
+            if (saved_as := self._saved_as) is None:
+                raise gone_on(self._name)
+            await self._wake(randomness)
+            self._parent_id = saved_as
 
     async def hibernate(self) -> None:
         """Ends its processes but for the one that holds its memory; see `Sandbox.hibernate`."""
@@ -157,7 +177,7 @@ class ProcessSandbox(GuestFolders):
         self._refuse_if_dead()
         if self._is_parked:
             async with self._gate.alone():
-                await self._wake()
+                await self._wake(_CONTINUATION)
 
     async def kill(self) -> None:
         """Ends it and frees what it held; see `Sandbox.kill`."""
@@ -220,7 +240,7 @@ class ProcessSandbox(GuestFolders):
             except (EnvError, GuestError) as error:
                 raise CheckpointError(f"the sandbox {self._name} cannot be saved: {error.message}") from error
 
-    async def _wake(self) -> None:
+    async def _wake(self, randomness: Randomness) -> None:
         """Lets it go on, alone inside the gate; what it was is confirmed by another handshake."""
         if not self._is_parked:
             return
@@ -229,7 +249,7 @@ class ProcessSandbox(GuestFolders):
             with self._engine.timed("restore"):
                 async with asyncio.timeout(timeout_s):
                     await self._engine.ask("wake", sandbox=self._name)
-            await self._engine.shake_hands(self, _CONTINUATION, timeout_s)
+            await self._engine.shake_hands(self, randomness, timeout_s)
         except (TimeoutError, RolloutError) as error:
             reason = error.message if isinstance(error, RolloutError) else f"not within {timeout_s:g} s"
             self._client.fail(GuestError(f"it could not be woken: {reason}"))
@@ -237,6 +257,7 @@ class ProcessSandbox(GuestFolders):
                 f"the sandbox {self._name} could not be woken: {reason}", retryable=True
             ) from error
         self._is_parked = False
+        self._saved_as = None
 
     async def _end(self) -> None:
         self._engine.forget(self)
