@@ -4,6 +4,6 @@ Reading order: `machine` (what a VMM is started with), `memory` (which guest pag
 are moved), `vmm` (one VMM: start, assign, rewind, save, stop), `rewind` (how a used one becomes another
 checkpoint), `snapshot` (what a checkpoint holds), `base`, `pool`, `reviver` (from a snapshot to a machine
 that has shaken hands), `sandbox`, `engine`. Beside them: `spawner`, `launcher`, `confinement` and `template`
-(how a VMM begins, in its jail), `room` and `limits` (memory and CPU time), `transfer` and `export`
-(checkpoints on the move), `tiny_guest` (for KVM).
+(how a VMM begins, in its jail), `room` and `limits` (memory and CPU time), `transfer`, `export` and
+`moving` (checkpoints and sandboxes on their way to other hosts), `tiny_guest` (for KVM).
 """

@@ -175,6 +175,22 @@ class MicroVMEngine:
         self._snapshots.setdefault(checkpoint_id, (snapshot, stock))
         return _checkpoint(checkpoint_id, parent_id, snapshot, stock)
 
+    def admit(
+        self, sandbox_id: str, parent_id: str | None, snapshot: Snapshot, stock: Stock
+    ) -> MicroVMSandbox:
+        """A hibernated sandbox that lived elsewhere; it wakes with its next request.
+
+        Raises:
+            CapacityError: There is no room.
+            ForkError: One of that name lives here.
+        """
+        self._require_open()
+        with self._reserve(1):
+            if sandbox_id in self._stock_of:
+                raise ForkError(f"a sandbox {sandbox_id} lives here already")
+            self._sandboxes[sandbox_id] = self._new_sandbox(sandbox_id, parent_id, snapshot, stock)
+        return self._sandboxes[sandbox_id]
+
     async def drain(self) -> None:
         """Ends every VMM that waits for a fork: their memory is free, and the next fork starts its own."""
         await self._stocks.drain()
@@ -260,15 +276,8 @@ class MicroVMEngine:
     async def _clone(
         self, stock: Stock, snapshot: Snapshot, parent_id: str | None, randomness: Randomness
     ) -> MicroVMSandbox:
-        sandbox = MicroVMSandbox(
-            self,
-            f"vm-{self._prefix}-{next(self._names)}",
-            parent_id,
-            snapshot,
-            park_after_s=_PARK_AFTER_S,
-            call_timeout_s=self._config.call_timeout_s,
-        )
-        self._stock_of[sandbox.id] = stock
+        name = f"vm-{self._prefix}-{next(self._names)}"
+        sandbox = self._new_sandbox(name, parent_id, snapshot, stock)
         try:
             sandbox.attach(await self.revive(sandbox, snapshot, randomness))
         except BaseException:
@@ -279,6 +288,16 @@ class MicroVMEngine:
             raise ForkError("the engine has been closed")
         self._sandboxes[sandbox.id] = sandbox
         return sandbox
+
+    def _new_sandbox(
+        self, sandbox_id: str, parent_id: str | None, snapshot: Snapshot, stock: Stock
+    ) -> MicroVMSandbox:
+        self._stock_of[sandbox_id] = stock
+        return MicroVMSandbox(
+            *(self, sandbox_id, parent_id, snapshot),
+            park_after_s=_PARK_AFTER_S,
+            call_timeout_s=self._config.call_timeout_s,
+        )
 
     def _find(self, checkpoint: Checkpoint) -> tuple[Snapshot, Stock]:
         if checkpoint.engine != "microvm":

@@ -112,6 +112,16 @@ class MicroVMSandbox(GuestFolders):
         self._keeps_running = keep
         self._plan_parking()
 
+    @property
+    def keeps_running(self) -> bool:
+        """See `keep_running`."""
+        return self._keeps_running
+
+    @property
+    def has_background(self) -> bool:
+        """Commands of it may be running between requests."""
+        return self._has_background
+
     def expect_background(self) -> None:
         """See `GuestCommands.expect_background`: it goes on between requests until no command runs."""
         self._has_background = True
@@ -198,12 +208,19 @@ class MicroVMSandbox(GuestFolders):
     async def hibernate(self) -> None:
         """See `Sandbox.hibernate`."""
         async with self._quiet() as waking:
-            if waking is None:
-                return
-            if not self._is_as_saved:
-                await self._save(waking)
-            self._waking = None
-            await asyncio.shield(self._owner.release(self, waking, self.origin))
+            await self._lie_down(waking)
+
+    @asynccontextmanager
+    async def departing(self) -> AsyncGenerator[Checkpoint]:
+        """Hibernates it and keeps requests out; when the block has succeeded it has ended here.
+
+        Whoever was given the checkpoint goes on with it elsewhere, and discards it.
+        """
+        async with self._quiet() as waking:
+            await self._lie_down(waking)
+            yield self._owner.keep(self, self.origin)
+            self._is_dead = True
+            self._owner.forget(self)
 
     async def hibernate_if_parked(self) -> bool:
         """As `hibernate`, but only if nobody uses it just now; whether it did."""
@@ -282,6 +299,14 @@ class MicroVMSandbox(GuestFolders):
             await self._idle.wait()
             self._require_alive()
             yield self._waking
+
+    async def _lie_down(self, waking: Waking | None) -> None:
+        if waking is None:
+            return
+        if not self._is_as_saved:
+            await self._save(waking)
+        self._waking = None
+        await asyncio.shield(self._owner.release(self, waking, self.origin))
 
     async def _bring_back(self) -> Waking:
         if self._waking is None:

@@ -4,6 +4,7 @@ Layout of the folder, which any number of exports share:
 
     blobs/<sha256>            content, stored once however many checkpoints name it
     checkpoints/<id>.json     one checkpoint: what it is, and the digests of all that it needs; written last
+    sandboxes/<id>.json       a sandbox that has left its host, and the name of its checkpoint; until it is taken
 
 A checkpoint needs its device state, its pages, its base and its guest image, and all four travel: the base of
 another host, even if made of the same image, has other content. Ancestors share their pages with it.
@@ -33,7 +34,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +43,9 @@ import pyarrow.fs as fs
 from rollout.errors import CheckpointError
 from rollout.sandbox.microvm.snapshot import PageBlock, Snapshot
 
-__all__ = ["Depot", "snapshot_from_parts", "snapshot_parts"]
+__all__ = ["Depot", "Kind", "snapshot_from_parts", "snapshot_parts"]
+
+Kind = Literal["checkpoints", "sandboxes"]
 
 _LAYOUT = 1
 _CHUNK_BYTES = 4 << 20
@@ -129,24 +132,24 @@ class Depot:
         if sha256.hexdigest() != digest:
             raise CheckpointError(f"{self._blob(digest)} is damaged: its checksum differs")
 
-    def put_record(self, checkpoint_id: str, record: Mapping[str, Any]) -> None:
-        """Writes the file of a checkpoint: from here on it exists.
+    def put_record(self, name: str, record: Mapping[str, Any], *, kind: Kind = "checkpoints") -> None:
+        """Writes the file of a checkpoint, or of a sandbox: from here on it exists.
 
         Raises:
             CheckpointError: The folder cannot be written.
         """
         body = json.dumps({"layout": _LAYOUT, **record}, sort_keys=True)
         text = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body})
-        self._write(f"checkpoints/{_checked_id(checkpoint_id)}.json", lambda out: out.write(text.encode()))
+        self._write(f"{kind}/{_checked_id(name)}.json", lambda out: out.write(text.encode()))
 
-    def record(self, checkpoint_id: str) -> dict[str, Any]:
-        """Reads the file of a checkpoint.
+    def record(self, name: str, *, kind: Kind = "checkpoints") -> dict[str, Any]:
+        """Reads the file of a checkpoint, or of a sandbox.
 
         Raises:
             CheckpointError: There is none, or it is damaged, or of another version of this package.
         """
-        where = f"{self.location}/checkpoints/{checkpoint_id}.json"
-        content = self._read(f"checkpoints/{_checked_id(checkpoint_id)}.json")
+        where = f"{self.location}/{kind}/{name}.json"
+        content = self._read(f"{kind}/{_checked_id(name)}.json")
         try:
             outer = json.loads(content)
             body: str = outer["body"]
@@ -158,6 +161,19 @@ class Depot:
         if record.get("layout") != _LAYOUT:
             raise CheckpointError(f"{where} has layout {record.get('layout')}, this version reads {_LAYOUT}")
         return record
+
+    def take(self, name: str) -> None:
+        """Removes the file of a sandbox, which only one can.
+
+        Raises:
+            CheckpointError: It is gone already, or the folder cannot be written.
+        """
+        try:
+            self._fs.delete_file(f"{self._root}/sandboxes/{_checked_id(name)}.json")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"the sandbox {name} has left {self.location} already") from error
+        except (OSError, pa.ArrowException) as error:
+            raise CheckpointError.wrap(error, f"cannot take the sandbox {name}") from error
 
     def ids(self) -> list[str]:
         """Names of the checkpoints here.
