@@ -103,6 +103,10 @@ class FaultyEngine:
         self.most_sandboxes = max(self.most_sandboxes, self._engine.num_sandboxes)
         return [FaultySandbox(self, clone) for clone in clones]
 
+    async def rebase(self, checkpoint: Checkpoint) -> None:
+        """See `Engine.rebase`."""
+        await self.phase("rebase", lambda: self._engine.rebase(checkpoint))
+
     async def discard(self, checkpoint: Checkpoint) -> None:
         """See `Engine.discard`."""
         await self.phase("discard", lambda: self._engine.discard(checkpoint))
