@@ -222,8 +222,11 @@ class GuestCommands(ABC):
     """What sandboxes with a guest agent share."""
 
     @abstractmethod
-    def using(self) -> AbstractAsyncContextManager[GuestClient]:
-        """The channel of the sandbox, brought back if it was parked or hibernated, for one request."""
+    def using(self, phase: str = "commands") -> AbstractAsyncContextManager[GuestClient]:
+        """The channel of the sandbox, brought back if it was parked or hibernated, for one request.
+
+        `phase` is what its time is counted as; a command that is run to its end is "exec".
+        """
 
     @abstractmethod
     def listening(self) -> AbstractAsyncContextManager[GuestClient]:

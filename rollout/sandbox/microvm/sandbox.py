@@ -13,19 +13,18 @@ answer a question that nobody asked it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rollout.errors import CheckpointError, ForkError, GuestError, RolloutError
-from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint, gone_on
+from rollout.sandbox.base import Checkpoint, gone_on
 from rollout.sandbox.client import GuestClient
 from rollout.sandbox.commands import has_running_commands
-from rollout.sandbox.folders import GuestFolders
+from rollout.sandbox.guest_calls import GuestCalls
 from rollout.sandbox.microvm.owner import Owner, Waking
 from rollout.sandbox.microvm.snapshot import Snapshot
-from rollout.types import ExecResult, Randomness, RngPolicy, Value
+from rollout.types import Randomness, RngPolicy
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
@@ -35,7 +34,7 @@ __all__ = ["MicroVMSandbox"]
 _BACKGROUND_POLL_S = 0.5  # how soon after its last command has ended a machine is parked
 
 
-class MicroVMSandbox(GuestFolders):
+class MicroVMSandbox(GuestCalls):
     """A live microVM. Made by `MicroVMEngine`.
 
     Attributes:
@@ -131,7 +130,12 @@ class MicroVMSandbox(GuestFolders):
         """See `GuestCommands.has_ended`."""
         return self._is_dead
 
-    def using(self) -> AbstractAsyncContextManager[GuestClient]:
+    @property
+    def call_timeout_s(self) -> float:
+        """See `GuestCalls.call_timeout_s`."""
+        return self._call_timeout_s
+
+    def using(self, phase: str = "commands") -> AbstractAsyncContextManager[GuestClient]:
         """See `GuestCommands.using`."""
         return self._awake()
 
@@ -144,42 +148,6 @@ class MicroVMSandbox(GuestFolders):
                 yield client
             finally:
                 self._num_listeners -= 1
-
-    async def exec(
-        self,
-        argv: Sequence[str],
-        *,
-        stdin: bytes = b"",
-        timeout_s: float = 60.0,
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
-        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
-    ) -> ExecResult:
-        """See `Sandbox.exec`."""
-        async with self._awake() as client:
-            return await client.exec(
-                argv,
-                stdin=stdin,
-                timeout_s=timeout_s,
-                cwd=cwd,
-                env=env,
-                max_output_bytes=max_output_bytes,
-            )
-
-    async def read_file(self, path: str) -> bytes:
-        """See `Sandbox.read_file`."""
-        async with self._awake() as client:
-            return await client.read_file(path, timeout_s=self._call_timeout_s)
-
-    async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
-        """See `Sandbox.write_file`."""
-        async with self._awake() as client:
-            await client.write_file(path, data, mode=mode, timeout_s=self._call_timeout_s)
-
-    async def call(self, op: str, /, *, timeout_s: float = 60.0, **args: Value) -> Value:
-        """See `Sandbox.call`."""
-        async with self._awake() as client:
-            return await client.call(op, args, timeout_s=timeout_s)
 
     async def checkpoint(self) -> Checkpoint:
         """See `Sandbox.checkpoint`. The sandbox is parked afterwards, unless it keeps running."""
@@ -251,14 +219,6 @@ class MicroVMSandbox(GuestFolders):
                 content = self.origin if self._is_as_saved else None
                 await asyncio.shield(self._owner.release(self, waking, content))
         self._owner.forget(self)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.kill()
 
     def _require_alive(self) -> None:
         if self._is_dead:

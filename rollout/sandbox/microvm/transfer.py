@@ -4,7 +4,7 @@ Layout of the folder, which any number of exports share:
 
     blobs/<sha256>            content, stored once however many checkpoints name it
     checkpoints/<id>.json     one checkpoint: what it is, and the digests of all that it needs; written last
-    sandboxes/<id>.json       a sandbox that has left its host, and the name of its checkpoint; until it is taken
+    sandboxes/<id>.json       a sandbox that has left its host: the name of its checkpoint; until it is taken
 
 A checkpoint needs its device state, its pages, its base and its guest image, and all four travel: the base of
 another host, even if made of the same image, has other content. Ancestors share their pages with it.

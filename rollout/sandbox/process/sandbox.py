@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
 
 from rollout.errors import CheckpointError, EnvError, ForkError, GuestError, RolloutError
-from rollout.sandbox.base import DEFAULT_MAX_OUTPUT_BYTES, Checkpoint, gone_on
+from rollout.sandbox.base import Checkpoint, gone_on
 from rollout.sandbox.client import GuestClient
-from rollout.sandbox.folders import GuestFolders
+from rollout.sandbox.guest_calls import GuestCalls
 from rollout.sandbox.process.gate import Gate
-from rollout.types import ExecResult, Randomness, RngPolicy, Value
+from rollout.types import Randomness, RngPolicy, Value
 
 if TYPE_CHECKING:
     from rollout.sandbox.process.engine import ProcessEngine
@@ -29,7 +28,7 @@ _KILL_GRACE_S = 3.0
 _CONTINUATION = Randomness(RngPolicy.INHERIT)
 
 
-class ProcessSandbox(GuestFolders):
+class ProcessSandbox(GuestCalls):
     """One sandbox; made by `ProcessEngine`.
 
     Args:
@@ -71,62 +70,25 @@ class ProcessSandbox(GuestFolders):
         """It has ended, or been killed."""
         return self._ending is not None or self._client.failure is not None
 
-    async def exec(
-        self,
-        argv: Sequence[str],
-        *,
-        stdin: bytes = b"",
-        timeout_s: float = 60.0,
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
-        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
-    ) -> ExecResult:
-        """Runs a command to its end; see `Sandbox.exec`."""
-        async with self._awake("exec"):
-            self._num_commands += 1
-            try:
-                return await self._client.exec(
-                    argv,
-                    stdin=stdin,
-                    timeout_s=timeout_s,
-                    cwd=cwd,
-                    env=env,
-                    max_output_bytes=max_output_bytes,
-                )
-            finally:
-                self._num_commands -= 1
-
-    async def read_file(self, path: str) -> bytes:
-        """Reads a whole file; see `Sandbox.read_file`."""
-        async with self._awake("files"):
-            return await self._client.read_file(path, timeout_s=self._engine.config.call_timeout_s)
-
-    async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
-        """Writes a whole file; see `Sandbox.write_file`."""
-        async with self._awake("files"):
-            timeout_s = self._engine.config.call_timeout_s
-            await self._client.write_file(path, data, mode=mode, timeout_s=timeout_s)
-
-    async def call(self, op: str, /, *, timeout_s: float = 60.0, **args: Value) -> Value:
-        """Calls an operation of the guest agent; see `Sandbox.call`."""
-        async with self._awake(op.removeprefix("env.")):
-            return await self._client.call(op, args, timeout_s=timeout_s)
+    @property
+    def call_timeout_s(self) -> float:
+        """See `GuestCalls.call_timeout_s`."""
+        return self._engine.config.call_timeout_s
 
     @asynccontextmanager
-    async def using(self) -> AsyncGenerator[GuestClient]:
+    async def using(self, phase: str = "commands") -> AsyncGenerator[GuestClient]:
         """See `GuestCommands.using`."""
-        async with self._awake("commands"):
-            yield self._client
-
-    @asynccontextmanager
-    async def listening(self) -> AsyncGenerator[GuestClient]:
-        """See `GuestCommands.listening`."""
-        async with self._awake("exec"):
-            self._num_commands += 1
+        is_command = phase == "exec"
+        async with self._awake(phase):
+            self._num_commands += is_command
             try:
                 yield self._client
             finally:
-                self._num_commands -= 1
+                self._num_commands -= is_command
+
+    def listening(self) -> AbstractAsyncContextManager[GuestClient]:
+        """See `GuestCommands.listening`."""
+        return self.using("exec")
 
     def expect_background(self) -> None:
         """See `GuestCommands.expect_background`: only what is saved here is stopped."""
@@ -184,14 +146,6 @@ class ProcessSandbox(GuestFolders):
         if self._ending is None:
             self._ending = asyncio.get_running_loop().create_task(self._end())
         await asyncio.shield(self._ending)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.kill()
 
     @asynccontextmanager
     async def _awake(self, phase: str) -> AsyncGenerator[None]:
