@@ -76,12 +76,6 @@ class Heirs:
         """Whether a child goes on in a sandbox that nobody else has a use for, instead of a clone."""
         return self._choose(["continue", "clone"]) == "continue"
 
-    @property
-    def gain_s(self) -> float:
-        """What an heir that is kept spares its checkpoint's children, on average; at least 0."""
-        spared_s = self._economics.cost_s("clone") - self._economics.cost_s("continue")
-        return max(0.0, spared_s) * sum(self._fates) / len(self._fates) if self._fates else 0.0
-
     def put(self, checkpoint_id: str, sandbox: Sandbox) -> None:
         """Keeps a sandbox as the heir of a checkpoint that has none."""
         assert checkpoint_id not in self._heirs

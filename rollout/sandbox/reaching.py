@@ -105,10 +105,15 @@ class Reach:
     async def go_on(
         self, heir: Sandbox, checkpoint: Checkpoint, randomness: Randomness, *, gives_up: bool = False
     ) -> bool:
-        """Lets the heir of a checkpoint go on as a child; False, and it is ended, if it cannot."""
+        """Lets the heir of a checkpoint go on as a child; False, and it is ended, if it cannot.
+
+        A state that was left unsaved is saved first: in the heir it is still there.
+        """
         is_held = self.holdings.is_held(checkpoint)
         num_steps = self.holdings.num_steps(checkpoint)
         try:
+            if self.holdings.is_deferred(checkpoint):
+                await self._save_late(heir, checkpoint)
             with self._timed(1) as spent:
                 if gives_up:
                     await self.holdings.give_up(checkpoint)
@@ -176,6 +181,11 @@ class Reach:
                 await self.holdings.unpin(pinned.held)
         except RolloutError:  # a reason to defer nothing, and no failure of the branch that was probed
             self._deferral.forbid()
+
+    async def _save_late(self, heir: Sandbox, checkpoint: Checkpoint) -> None:
+        start_s = self._clock()
+        await self.holdings.save_late(checkpoint, lambda: self.phases.save(heir))
+        self._deferral.needed(self._clock() - start_s, has_playout=False)
 
     async def _pin(self, checkpoint: Checkpoint) -> Pinned:
         if not self.holdings.is_deferred(checkpoint):
