@@ -83,7 +83,8 @@ async def continued_children(bench: Bench) -> AsyncIterator[BenchRow]:
             for each in (checkpoint, saved):
                 await bench.engine.discard(each)
     beside = [Rival.of("in a clone", times_ms["clone"])]
-    for way, name in (("continue", "child in its parent's sandbox"), ("inherit", "last child, which inherits")):
+    names = {"continue": "child in its parent's sandbox", "inherit": "last child, which inherits"}
+    for way, name in names.items():
         yield BenchRow.of(
             f"{name}, with step and save", times_ms[way], "ms", subject=bench.kind, rivals=beside
         )

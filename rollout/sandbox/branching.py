@@ -234,7 +234,7 @@ class LocalBrancher:
         checkpoint, randomness = jobs[0].checkpoint, [job.randomness for job in jobs]
         if heir is not None and await self._reach.go_on(heir, checkpoint, randomness[0], gives_up=gives_up):
             return [heir]
-        return await self._reach.clones(checkpoint, randomness, continues=self._heirs.continues)
+        return await self._reach.clones(checkpoint, randomness, continues=lambda: self._heirs.continues)
 
     async def _branch(
         self,

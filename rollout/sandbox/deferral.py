@@ -22,8 +22,9 @@ less time and 20 to 40% less CPU; inline, where a save is a pickle, the two ways
 A branch without a playout may leave its sandbox as an heir (see `rollout.sandbox.heirs`), saved or not: a
 state that was left unsaved is then saved late, from the heir, if its first child comes in time.
 
-A way that is not taken: replaying although the checkpoint is held. A replay begins with a clone of an
-ancestor, so it costs a clone and the steps.
+Ways that are not taken: replaying although the checkpoint is held, as a replay begins with a clone of an
+ancestor and so costs a clone and the steps; and going on in a sandbox that was never saved, as nothing could
+tell then that it is what a clone would be.
 
 Pure bookkeeping; whoever does the work brings the seconds.
 """

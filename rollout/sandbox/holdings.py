@@ -51,7 +51,7 @@ class Pinned:
 
 
 Replay = Callable[[Origin, Checkpoint | Remade | None], Awaitable[Remade]]
-"""Plays an origin again from its parent (None for an opening), in its sandbox if there is one, and saves it."""
+"""Plays an origin again from its parent (None for an opening), in its sandbox if that lives, and saves it."""
 
 
 class Holdings:

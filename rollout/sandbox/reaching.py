@@ -4,10 +4,10 @@
 |---|---|
 | an heir | it goes on (`continue`, `inherit`), unless it is gone or does not confirm |
 | the checkpoint | it is forked |
-| an ancestor's checkpoint | the branches from there are played again, in one sandbox, which then goes on |
+| an ancestor's checkpoint | the branches from there are played again in one sandbox, which then goes on |
 | nothing | the episode is begun again first |
 
-Invariants: the state is the same whichever way is taken, or the way is refused; no way holds more sandboxes at
+| an ancestor's checkpoint | what followed it is played again, in one sandbox, which then goes on |
 once than were asked for, so slots are the caller's business; a sandbox that is not handed out is ended.
 """
 
@@ -125,14 +125,14 @@ class Reach:
         return True
 
     async def clones(
-        self, checkpoint: Checkpoint, randomness: Sequence[Randomness], *, continues: bool
+        self, checkpoint: Checkpoint, randomness: Sequence[Randomness], *, continues: Callable[[], bool]
     ) -> Sequence[Sandbox]:
         """A sandbox for each randomness, without an heir; the state is made again first, if need be.
 
         Args:
             checkpoint: Where they begin.
             randomness: One for each, at least one.
-            continues: Whether one may go on in the sandbox that the state was just made again in.
+            continues: Whether one goes on in the sandbox that the state was just made again in.
 
         Raises:
             RolloutError: Of the boundary that failed; then there is none.
@@ -143,7 +143,7 @@ class Reach:
             try:
                 if pinned.sandbox is not None:
                     reached.append(pinned.sandbox)
-                    if not continues or not await self.go_on(pinned.sandbox, checkpoint, randomness[0]):
+                    if not continues() or not await self.go_on(pinned.sandbox, checkpoint, randomness[0]):
                         await reached.pop().kill()
                 if missing := randomness[len(reached) :]:
                     with self._timed(len(missing)) as spent:

@@ -241,6 +241,19 @@ async def test_a_fork_of_more_than_is_free_takes_the_place_of_heirs(inline: Inli
     assert inline.num_sandboxes == 0
 
 
+async def test_branches_that_are_played_again_have_the_place_that_an_heir_would_take(
+    inline: InlineEngine,
+) -> None:
+    engine = FaultyEngine(inline, lambda *_: None, synchronous=False)
+    carrier = carrier_over(engine, concurrency=1)
+    opening = await carrier.open(TASK, 0)
+    for seed in range(24):
+        [result] = await carrier.run([job(opening.checkpoint, seed)])
+        assert result.failure is None
+    assert carrier._deferral.is_verified  # pyright: ignore[reportPrivateUsage]
+    assert engine.most_sandboxes == 1
+
+
 async def test_what_a_playout_has_spoilt_is_no_heir(inline: InlineEngine) -> None:
     carrier = carrier_over(inline)
     opening = await carrier.open(TASK, 0)
