@@ -68,8 +68,8 @@ class BranchJob:
             checkpoint.
         keep_checkpoint: Save the state after the actions (not after the playout).
         state_hash: Ask for the digest of the state after the last action.
-        is_last: No later job will name the checkpoint, but for another attempt at this one: it inherits the
-            sandbox that was saved as the checkpoint, if that is still there.
+        is_last: No later job will name the checkpoint, but for another attempt at one that failed: this one
+            inherits the sandbox that was saved as it, if that is still there.
     """
 
     checkpoint: Checkpoint

@@ -10,8 +10,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from rollout.commands.bench_engine import STAY, Bench, EngineKind
 from rollout.commands.bench_row import BenchRow, Rival, at_least, at_most
 from rollout.errors import RolloutError
+from rollout.types import Randomness
 
-__all__ = ["branch_rates", "checkpoint_times", "clone_times", "depth", "round_trips", "stored_bytes"]
+__all__ = [
+    "branch_rates",
+    "checkpoint_times",
+    "clone_times",
+    "continued_children",
+    "depth",
+    "round_trips",
+    "stored_bytes",
+]
 
 DEEP = 64
 _WINDOW_S = 1.5
@@ -45,6 +54,40 @@ async def clone_times(bench: Bench) -> AsyncIterator[BenchRow]:
         "clone to first FrozenLake step", step_ms, "ms", subject=bench.kind,
         target=at_most(45) if bench.kind == "microvm" else None, rivals=beside[1:],
     )  # fmt: skip
+
+
+async def continued_children(bench: Bench) -> AsyncIterator[BenchRow]:
+    """A child that goes on in its parent's sandbox, and the last one, for which the checkpoint is given up.
+
+    From the parent's checkpoint to the child's next one: the sandbox, a step, a save. The ways take turns,
+    beside the same child in a clone; the end of the parent's sandbox counts as part of that.
+    """
+    times_ms: dict[str, list[float]] = {"clone": [], "continue": [], "inherit": []}
+    for _ in range(bench.samples):
+        for way, found_ms in times_ms.items():
+            sandbox = await bench.clone()
+            await bench.env.step(sandbox, STAY)
+            checkpoint = await sandbox.checkpoint()
+            start_s = time.perf_counter()
+            if way == "clone":
+                await sandbox.kill()
+                sandbox = await bench.clone(checkpoint)
+            else:
+                if way == "inherit":
+                    await bench.engine.discard(checkpoint)
+                await sandbox.take_over(Randomness())
+            await bench.env.step(sandbox, STAY)
+            saved = await sandbox.checkpoint()
+            found_ms.append((time.perf_counter() - start_s) * 1000)
+            await sandbox.kill()
+            for each in (checkpoint, saved):
+                await bench.engine.discard(each)
+    beside = [Rival.of("in a clone", times_ms["clone"])]
+    names = {"continue": "child in its parent's sandbox", "inherit": "last child, which inherits"}
+    for way, name in names.items():
+        yield BenchRow.of(
+            f"{name}, with step and save", times_ms[way], "ms", subject=bench.kind, rivals=beside
+        )
 
 
 async def checkpoint_times(bench: Bench) -> AsyncIterator[BenchRow]:

@@ -30,6 +30,7 @@ __all__ = ["SECTIONS", "rows"]
 
 _COMMON: tuple[Section, ...] = (
     bench_forks.clone_times,
+    bench_forks.continued_children,
     bench_forks.checkpoint_times,
     bench_forks.branch_rates,
     bench_forks.depth,

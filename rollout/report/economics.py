@@ -14,6 +14,8 @@ __all__ = ["economics_card"]
 
 _WAYS = {
     "clone": "clone of a checkpoint",
+    "continue": "went on in the sandbox of its parent",
+    "inherit": "last child: inherited the sandbox of its parent",
     "replay": "evicted or not saved: played again from an ancestor",
     "reset": "evicted: played again from the reset",
     "defer": "branch that left its state unsaved",
@@ -21,7 +23,8 @@ _WAYS = {
 _CAPTION = (
     "How states were reached. Saved is the time of the alternative, a reset and all steps from there by "
     "their median times, less the time that was taken; what is negative would have been cheaper so. For a "
-    "branch that left its state unsaved, the alternative is one that saves it."
+    "child that went on in the sandbox of its parent, the alternative is a clone; for a branch that left its "
+    "state unsaved, one that saves it."
 )
 
 

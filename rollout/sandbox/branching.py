@@ -234,7 +234,7 @@ class LocalBrancher:
         checkpoint, randomness = jobs[0].checkpoint, [job.randomness for job in jobs]
         if heir is not None and await self._reach.go_on(heir, checkpoint, randomness[0], gives_up=gives_up):
             return [heir]
-        return await self._reach.clones(checkpoint, randomness, continues=self._heirs.continues)
+        return await self._reach.clones(checkpoint, randomness, continues=lambda: self._heirs.continues)
 
     async def _branch(
         self,
@@ -253,7 +253,7 @@ class LocalBrancher:
         stays = False
         try:
             steps, checkpoint, playout = await self._play(job, sandbox, made, defers=defers)
-            stays = checkpoint is not None and self._may_stay(job, checkpoint)
+            stays = checkpoint is not None and self._may_stay(job)
             if checkpoint is not None and stays:
                 self._heirs.put(checkpoint.id, sandbox)
                 stayed.append(sandbox)
@@ -267,14 +267,13 @@ class LocalBrancher:
         self._branches += 1
         return BranchResult(steps, checkpoint, playout, self._clock() - start_s)
 
-    def _may_stay(self, job: BranchJob, checkpoint: Checkpoint) -> bool:
-        """Whether the sandbox of a branch becomes an heir: it is as it was saved, and nobody needs its place.
+    def _may_stay(self, job: BranchJob) -> bool:
+        """Whether the sandbox of a branch becomes an heir: it is as the branch left it, and there is room.
 
-        Not while branches are played again, which would need it.
+        Not while branches are played again, which would need its place.
         """
-        is_as_saved = job.playout is None and not self._holdings.is_deferred(checkpoint)
         is_probed = self._holdings.may_defer(job) and self._deferral.is_probing
-        return is_as_saved and not is_probed and self._wants_heir()
+        return job.playout is None and not is_probed and self._wants_heir()
 
     def _wants_heir(self) -> bool:
         return not self._slots.num_waiting and self._heirs.wants_one()
@@ -302,8 +301,7 @@ class LocalBrancher:
     def _defers(self, job: BranchJob) -> bool:
         """Whether the state that a job leads to is left unsaved."""
         has_playout = job.playout is not None
-        heir_s = 0.0 if has_playout else self._heirs.gain_s
-        return self._holdings.may_defer(job) and self._deferral.defers(has_playout=has_playout, heir_s=heir_s)
+        return self._holdings.may_defer(job) and self._deferral.defers(has_playout=has_playout)
 
     async def _account(self, job: BranchJob, checkpoint: Checkpoint, duration_s: float) -> None:
         """Takes in what a branch cost; now and then plays one that was saved again."""

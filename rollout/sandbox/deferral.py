@@ -19,13 +19,12 @@ a replay that comes out different is refused.
 Seen on two cores, a FrozenLake at 64 simulations a move, random playouts: processes take a sixth to a third
 less time and 20 to 40% less CPU; inline, where a save is a pickle, the two ways are about equal.
 
-Ways that are not taken, with medians in ms of the same environment. Going on in the sandbox that was saved:
-it must be unspoilt, while most branches end in a playout; one of the process engine has to be woken, 7.0
-against 8.6 for a clone, and seeded by a handshake after that; a microVM that is as its checkpoint left it is
-handed to the next clone as it is already. Inline it would gain, 0.004 against 0.065, for evaluators without
-playouts, but no sandbox has an operation that seeds it as a clone is seeded. Waking: for these reasons,
-and as nothing here keeps a sandbox alive after its branch. Replaying although the checkpoint is held: a
-replay begins with a clone of an ancestor, so it costs a clone and the steps.
+A branch without a playout may leave its sandbox as an heir (see `rollout.sandbox.heirs`), saved or not: a
+state that was left unsaved is then saved late, from the heir, if its first child comes in time.
+
+Ways that are not taken: replaying although the checkpoint is held, as a replay begins with a clone of an
+ancestor and so costs a clone and the steps; and going on in a sandbox that was never saved, as nothing could
+tell then that it is what a clone would be.
 
 Pure bookkeeping; whoever does the work brings the seconds.
 """
@@ -95,22 +94,17 @@ class Deferral:
         """Nothing is deferred any more."""
         self.is_forbidden = True
 
-    def defers(self, *, has_playout: bool, heir_s: float = 0.0) -> bool:
-        """Whether the next branch of this sort leaves its state unsaved.
-
-        Args:
-            has_playout: Its sort.
-            heir_s: What a state that is saved spares its first child, who may go on in its sandbox.
-        """
+    def defers(self, *, has_playout: bool) -> bool:
+        """Whether the next branch of this sort leaves its state unsaved."""
         if not self.is_verified:
             return False
         account = self._accounts[has_playout]
         needed_share = (account.num_needed + _PRIOR_NEEDED) / (account.num_deferred + _PRIOR_DEFERRED)
         later_s = min(1.0, needed_share) * self._again.value
-        if later_s > account.saved.value - heir_s:  # what is made later costs more alone: nothing to find out
+        if later_s > account.saved.value:  # what is made later costs more alone: nothing to find out
             return False
         deferred_s = account.deferred.value + later_s
-        save = WayEstimate("save", account.saved.value - heir_s, account.num_saved)
+        save = WayEstimate("save", account.saved.value, account.num_saved)
         defer = WayEstimate("defer", deferred_s, account.num_deferred)
         return choose_way([save, defer]) == "defer"
 

@@ -3,16 +3,17 @@
 | way | what is done |
 |---|---|
 | `clone` | the node's checkpoint is held: fork it |
+| `continue` | the sandbox that was saved as it lives: the child goes on there (see `rollout.sandbox.heirs`) |
+| `inherit` | so does the last child, and the checkpoint is given up for it |
 | `replay` | it was evicted, or never saved: play its branch again from the nearest ancestor that is held |
 | `reset` | no ancestor is held: begin the episode again, and replay all of it |
 | `defer` | the state is left unsaved until something begins there (see `rollout.sandbox.deferral`) |
 
-What the first child of a node costs beyond the others is the engine's business: a checkpoint of the process
-engine is the stopped sandbox itself, and a microVM that is as its checkpoint left it is handed to the next
-clone as it is.
+A sandbox that hibernates is woken when its child goes on there: waking is a part of `continue`. Where several
+sandboxes are made at once, each counts with its share of the time.
 
-Costs are running medians over the last `WINDOW` of each kind. What a clone saved is the median time of the
-other way: until something was evicted, that of a reset and of as many steps as lie between.
+Costs are running medians over the last `WINDOW` of each kind. What a way saved is the median time of the
+other one: of a clone, a reset and as many steps as lie between; of a child that went on, a clone.
 
 Pure bookkeeping; whoever does the work brings the seconds.
 """

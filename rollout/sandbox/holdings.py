@@ -51,7 +51,7 @@ class Pinned:
 
 
 Replay = Callable[[Origin, Checkpoint | Remade | None], Awaitable[Remade]]
-"""Plays an origin again from its parent (None for an opening), whose sandbox it ends, and saves the outcome."""
+"""Plays an origin again from its parent (None for an opening), in its sandbox if that lives, and saves it."""
 
 
 class Holdings:
@@ -152,12 +152,11 @@ class Holdings:
 
     def may_give_up(self, checkpoint: Checkpoint) -> bool:
         """Whether it is held, could be made again, and is needed for nothing else now."""
-        held_id = self._lineage.current(checkpoint).id
         return (
             self.is_replayable
             and checkpoint.id not in self._leaving
             and not self._num_deferred.get(checkpoint.id)
-            and self._store.may_go(held_id)
+            and (self.is_deferred(checkpoint) or self._store.may_go(self._lineage.current(checkpoint).id))
         )
 
     async def give_up(self, checkpoint: Checkpoint) -> None:
@@ -202,6 +201,25 @@ class Holdings:
         finally:
             self._remaking.pop(checkpoint.id, None)
         return Pinned(made.checkpoint, made.sandbox)
+
+    async def save_late(self, checkpoint: Checkpoint, save: Callable[[], Awaitable[Checkpoint]]) -> None:
+        """Has a state that was left unsaved saved from a sandbox that is still in it, unless it is held now.
+
+        Raises:
+            RolloutError: It could not be saved, or there is no room for it.
+        """
+        origin = self._lineage.origin(checkpoint.id)
+        remaking = self._remaking.setdefault(checkpoint.id, asyncio.Lock())
+        try:
+            async with remaking:
+                if self.is_held(checkpoint):  # made again while we waited
+                    return
+                held = await save()
+                self._lineage.remade(checkpoint.id, held)
+                await self._keep(held, origin)
+        finally:
+            self._remaking.pop(checkpoint.id, None)
+        await self._need_no_parent(checkpoint.id)
 
     async def unpin(self, held: Checkpoint) -> None:
         """Takes back one `pin`."""

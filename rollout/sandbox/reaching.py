@@ -4,10 +4,10 @@
 |---|---|
 | an heir | it goes on (`continue`, `inherit`), unless it is gone or does not confirm |
 | the checkpoint | it is forked |
-| an ancestor's checkpoint | the branches from there are played again, in one sandbox, which then goes on |
+| an ancestor's checkpoint | the branches from there are played again in one sandbox, which then goes on |
 | nothing | the episode is begun again first |
 
-Invariants: the state is the same whichever way is taken, or the way is refused; no way holds more sandboxes at
+| an ancestor's checkpoint | what followed it is played again, in one sandbox, which then goes on |
 once than were asked for, so slots are the caller's business; a sandbox that is not handed out is ended.
 """
 
@@ -107,10 +107,15 @@ class Reach:
     async def go_on(
         self, heir: Sandbox, checkpoint: Checkpoint, randomness: Randomness, *, gives_up: bool = False
     ) -> bool:
-        """Lets the heir of a checkpoint go on as a child; False, and it is ended, if it cannot."""
+        """Lets the heir of a checkpoint go on as a child; False, and it is ended, if it cannot.
+
+        A state that was left unsaved is saved first: in the heir it is still there.
+        """
         is_held = self.holdings.is_held(checkpoint)
         num_steps = self.holdings.num_steps(checkpoint)
         try:
+            if self.holdings.is_deferred(checkpoint):
+                await self._save_late(heir, checkpoint)
             with self._timed(1) as spent:
                 if gives_up:
                     await self.holdings.give_up(checkpoint)
@@ -122,14 +127,14 @@ class Reach:
         return True
 
     async def clones(
-        self, checkpoint: Checkpoint, randomness: Sequence[Randomness], *, continues: bool
+        self, checkpoint: Checkpoint, randomness: Sequence[Randomness], *, continues: Callable[[], bool]
     ) -> Sequence[Sandbox]:
         """A sandbox for each randomness, without an heir; the state is made again first, if need be.
 
         Args:
             checkpoint: Where they begin.
             randomness: One for each, at least one.
-            continues: Whether one may go on in the sandbox that the state was just made again in.
+            continues: Whether one goes on in the sandbox that the state was just made again in.
 
         Raises:
             RolloutError: Of the boundary that failed; then there is none.
@@ -140,7 +145,7 @@ class Reach:
             try:
                 if pinned.sandbox is not None:
                     reached.append(pinned.sandbox)
-                    if not continues or not await self.go_on(pinned.sandbox, checkpoint, randomness[0]):
+                    if not continues() or not await self.go_on(pinned.sandbox, checkpoint, randomness[0]):
                         await reached.pop().kill()
                 if missing := randomness[len(reached) :]:
                     with self._timed(len(missing)) as spent:
@@ -178,6 +183,11 @@ class Reach:
                 await self.holdings.unpin(pinned.held)
         except RolloutError:  # a reason to defer nothing, and no failure of the branch that was probed
             self._deferral.forbid()
+
+    async def _save_late(self, heir: Sandbox, checkpoint: Checkpoint) -> None:
+        start_s = self._clock()
+        await self.holdings.save_late(checkpoint, lambda: self.phases.save(heir))
+        self._deferral.needed(self._clock() - start_s, has_playout=False)
 
     async def _pin(self, checkpoint: Checkpoint) -> Pinned:
         if not self.holdings.is_deferred(checkpoint):

@@ -10,12 +10,13 @@ import pytest
 from envs.gym import GymEnv
 from rollout.branch import BranchJob, BranchResult
 from rollout.config import RunConfig
-from rollout.errors import EnvError
+from rollout.errors import EnvError, GuestError
 from rollout.runner import Runner, episode_specs
 from rollout.sandbox.branching import LocalBrancher
 from rollout.sandbox.inline import InlineEngine
 from rollout.testing import Fault, FaultPlan, FaultyEngine, comparable
 from rollout.trajectory.rows import NodeRow, Trajectory
+from rollout.types import Randomness
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +270,51 @@ async def test_states_without_further_branches_give_their_checkpoints_back(
         assert most <= len(ids) - inner + 8, "a wave late at most"
     else:
         assert most >= kept - 8
+
+
+@pytest.mark.parametrize("tree_reuse", [False, True])
+@pytest.mark.parametrize("algorithm", ["uct", "breadth_first", "random"])
+async def test_after_the_last_child_only_what_failed_begins_there_again(
+    inline: InlineEngine, algorithm: str, tree_reuse: bool
+) -> None:
+    seen: set[tuple[str, object, Randomness]] = set()
+    closed: set[str] = set()
+
+    class Watching(LocalBrancher):
+        async def run(self, jobs: Sequence[BranchJob]) -> list[BranchResult]:
+            for job in jobs:
+                key = (job.checkpoint.id, job.actions, job.randomness)
+                assert job.checkpoint.id not in closed or key in seen
+                seen.add(key)
+            closed.update(job.checkpoint.id for job in jobs if job.is_last)
+            return await super().run(jobs)
+
+    def fails_now_and_then(phase: str, count: int) -> Fault | None:
+        passing = GuestError("the guest is gone", retryable=True)
+        return Fault(passing) if phase == "env.step" and count % 3 == 1 else None
+
+    run = RunConfig.model_validate(
+        {
+            "max_steps": 8 if algorithm == "random" else 3,
+            "env": {"args": {"env_id": "FrozenLake-v1", "kwargs": {"is_slippery": False}}},
+            "engine": {"kind": "inline"},
+            "search": {
+                "algorithm": algorithm,
+                "simulations": 40,
+                "wave": 3,
+                "evaluator": "zero",
+                "max_retries": 9,
+                "tree_reuse": tree_reuse and algorithm == "uct",
+            },
+        }
+    )
+    env = GymEnv(**run.env.args)
+    engine = FaultyEngine(inline, fails_now_and_then)
+    brancher = Watching(engine, env)
+    trajectory = await Runner(env, brancher, run, engine="inline").play(
+        episode_specs(run, "test", env.tasks())[0]
+    )
+    assert trajectory.episode.failure is None
+    assert len(closed) >= trajectory.episode.length + (0 if algorithm == "random" else 5)
+    assert brancher.stats.failed_branches > 0
+    assert engine.num_sandboxes == 0

@@ -192,6 +192,8 @@ def test_a_full_disk_leaves_the_earlier_page(folder: Path) -> None:
         (
             {
                 "clone": {"count": 1200, "seconds": 6.0, "saved_s": 60.0, "median_s": 0.004},
+                "continue": {"count": 40, "seconds": 0.4, "saved_s": 0.24, "median_s": 0.009},
+                "inherit": {"count": 2, "seconds": 0.014, "saved_s": 0.006, "median_s": 0.007},
                 "replay": {"count": 3, "seconds": 0.3, "saved_s": -0.012},
             },
             [
@@ -200,6 +202,10 @@ def test_a_full_disk_leaves_the_earlier_page(folder: Path) -> None:
                 "5 ms",
                 "4 ms",
                 "1 min 00 s",
+                "went on in the sandbox of its parent",
+                "240 ms",
+                "last child: inherited the sandbox of its parent",
+                "7 ms",
                 "evicted or not saved: played again from an ancestor",
                 "-12 ms",
             ],

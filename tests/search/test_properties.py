@@ -199,6 +199,33 @@ def test_no_trial_begins_from_a_node_that_was_said_to_be_spent(
 
 
 @EXAMPLES
+@given(configs(), SEEDS, st.sampled_from([0.0, 0.3]), st.booleans())
+def test_no_trial_but_a_retry_begins_from_a_node_that_the_trials_in_flight_have_closed(
+    config: SearchConfig, seed: int, share: float, advances: bool
+) -> None:
+    world, fails = worlds(config, seed), failing(share, seed)
+    search = make_search(config, world.info(0), seed)
+    states, nodes = {0: 0}, {0: 0}
+    closed: dict[int, set[tuple[int, int]]] = {}
+    while not search.done:
+        trials = search.ask(4)
+        for trial in trials:
+            may_be_retried = closed.get(trial.source)
+            assert may_be_retried is None or (trial.action, trial.seed) in may_be_retried
+        for source in {trial.source for trial in trials}:
+            if search.closes(nodes[source], advances=advances):
+                here = {(trial.action, trial.seed) for trial in trials if trial.source == source}
+                closed[source] = closed.get(source, set()) | here
+        for trial in trials:
+            states[trial.trial_id], outcome = world.outcome(states[trial.source], trial.action, trial.seed)
+            for commit in search.tell(trial.trial_id, fails(trial) or outcome):
+                if commit.is_new and commit.node_id is not None:
+                    nodes[commit.trial_id] = commit.node_id
+    if config.outcomes == "single" and config.algorithm == "breadth_first" and search.stats()["nodes"] > 20:
+        assert closed
+
+
+@EXAMPLES
 @given(configs(), SEEDS, st.integers(0, 4), st.booleans())
 def test_advancing_keeps_exact_counts_and_frees_the_rest(
     config: SearchConfig, seed: int, pick: int, twice: bool

@@ -65,6 +65,25 @@ def test_when_all_depends_on_trials_in_flight_fewer_are_asked_for() -> None:
         assert not search.done
 
 
+@pytest.mark.parametrize("advances", [False, True])
+def test_the_end_of_the_budget_closes_all_nodes_unless_the_tree_is_gone_on_with(advances: bool) -> None:
+    search = make_search(config(wave=1, simulations=2), NodeInfo(4), 0)
+    [trial] = search.ask(1)
+    assert not search.closes(0, advances=advances)
+    search.tell(trial.trial_id, leaf())
+    search.ask(1)
+    assert search.closes(0, advances=advances) is not advances
+
+
+def test_a_node_is_closed_by_the_last_of_its_actions_in_flight() -> None:
+    search = make_search(config(wave=2, simulations=9), NodeInfo(3), 0)
+    for trial in search.ask(2):
+        assert not search.closes(0, advances=True)
+        search.tell(trial.trial_id, Outcome(0.0, NodeInfo(0), terminated=True))
+    [last] = search.ask(1)
+    assert (last.source, search.closes(0, advances=True)) == (0, True)
+
+
 def test_a_retry_has_the_same_seed_and_a_new_number() -> None:
     search = make_search(config(wave=1, max_retries=1), NodeInfo(2), 0)
     [first] = search.ask(1)
