@@ -31,6 +31,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -131,6 +132,16 @@ class TrajectorySink:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def log_folder(self) -> Path:
+        """Where the logs of this run lie on this machine."""
+        return self._log_folder
+
+    @property
+    def has_logs(self) -> bool:
+        """Whether logs of this run lie there, of any writer: what is in them is not committed yet."""
+        return any(self._log_folder.glob(f"*{LOG_SUFFIX}"))
 
     @property
     def stats(self) -> SinkStats:
