@@ -114,25 +114,35 @@ async def drive_alone(
         return
     claim = _Claim(storage, lease or Lease())
     path = make_log_folder(storage, log_folder) / _LOCK_NAME
-    with hold_lock(path, str(storage), claim.nonce) as dead:
+    with hold_lock(path, str(storage), claim.nonce) as lock:
         try:
-            await claim.stake(dead, is_new, on_wait)
+            await claim.stake(lock.left, is_new, on_wait)
             yield claim
         finally:
-            claim.give_up()
+            lock.stays = not claim.give_up()
+
+
+@dataclass(slots=True)
+class LockFile:
+    """A file that this process holds a lock on.
+
+    Attributes:
+        left: The second line that a dead holder left in it; "" if there is none.
+        stays: The file is left there, without a lock, when the context ends.
+    """
+
+    left: str = ""
+    stays: bool = False
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, run: str, nonce: str = "") -> Generator[str]:
+def hold_lock(path: Path, run: str, nonce: str = "") -> Generator[LockFile]:
     """Holds a lock on a file, which is there for as long as the context lasts.
 
     Args:
         path: The file.
         run: Where the run is, for the error.
         nonce: A second line for the file.
-
-    Yields:
-        The second line that a dead holder left in it; "" if there is none.
 
     Raises:
         ConfigError: Another process holds it; the message names that process.
@@ -142,13 +152,16 @@ def hold_lock(path: Path, run: str, nonce: str = "") -> Generator[str]:
         descriptor = _locked(path, run)
     except OSError as error:
         raise SinkError.wrap(error, f"cannot write {path}") from error
+    lock = LockFile()
     try:
-        left = os.pread(descriptor, 200, 0).decode(errors="replace").splitlines()
+        lines = os.pread(descriptor, 200, 0).decode(errors="replace").splitlines()
+        lock.left = lines[1] if len(lines) > 1 else ""
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, "\n".join([_me(), nonce] if nonce else [_me()]).encode(), 0)
-        yield left[1] if len(left) > 1 else ""
+        yield lock
     finally:
-        path.unlink(missing_ok=True)
+        if not lock.stays:
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -214,16 +227,22 @@ class _Claim(Ownership):
                 raise _being_played(str(self.storage), _driver(found))
         self._renewer.start()
 
-    def give_up(self) -> None:
-        """Ends the renewals and removes the object, if it is still this driver's. Blocks; idempotent."""
+    def give_up(self) -> bool:
+        """Ends the renewals and removes the object, if it is still this driver's. Blocks; idempotent.
+
+        Returns:
+            False if the object may still be there, because the store is away.
+        """
         self._is_over.set()
         if self._renewer.ident is not None:
             self._renewer.join()
-        # Where the store is away, the object stays, and is dead to others after its lease.
-        with contextlib.suppress(SinkError):
+        try:
             found = self._read()
             if found is not None and _field(found, "nonce") == self.nonce:
                 self.storage.delete(_LOCK_NAME)
+        except SinkError:
+            return False  # the object is dead to others after its lease, and here by the file that stays
+        return True
 
     async def _see_silence(self, found: bytes, on_wait: Callable[[str], None]) -> None:
         """Returns when the object does not change for a whole lease, or goes."""

@@ -206,8 +206,8 @@ def test_a_run_that_is_being_played_is_refused(killed: Path, capsys: pytest.Capt
 def test_the_lock_of_a_dead_driver_is_taken_over(killed: Path) -> None:
     lock = killed / "driver.lock"
     lock.write_text("process 1 on another machine")
-    with hold_lock(lock, "this run") as left, lock.open() as file:
-        assert left == ""
+    with hold_lock(lock, "this run") as held, lock.open() as file:
+        assert held.left == ""
         assert file.read() == f"process {os.getpid()} on {os.uname().nodename}"
         with pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
