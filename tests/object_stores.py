@@ -55,13 +55,17 @@ class S3Bucket:
     def make(self) -> None:
         self._ask("PUT", "")
 
+    def put(self, key: str, data: bytes) -> None:
+        self._ask("PUT", f"/{key}", data)
+
     def names(self, prefix: str = "") -> list[str]:
         listed = self._ask("GET", f"?list-type=2&prefix={quote(prefix)}").decode()
         return re.findall(r"<Key>([^<]*)</Key>", listed)
 
-    def _ask(self, method: str, rest: str) -> bytes:
-        url = f"{self.server}/{self.name}{rest}"
-        with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=DEADLINE_S) as answer:
+    def _ask(self, method: str, rest: str, data: bytes | None = None) -> bytes:
+        url, headers = f"{self.server}/{self.name}{rest}", {"Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(url, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
             return answer.read()
 
 

@@ -210,10 +210,10 @@ class Session:
 
 def _with_remains(error: SinkError, sink: TrajectorySink, storage: Storage) -> SinkError:
     """The error, and where the episodes are that were acknowledged and could not be committed."""
-    if storage.local is not None or not sink.has_logs:
+    if storage.local is not None or (left_in := sink.left_in) is None:
         return error
     return SinkError(
-        f"{error.message}; what was finished is kept in {sink.log_folder} on this machine, and committed by "
+        f"{error.message}; what was finished is kept in {left_in} on this machine, and committed by "
         f"rollout run --resume {shlex.quote(str(storage))}"
     )
 

@@ -134,14 +134,9 @@ class TrajectorySink:
         self.close()
 
     @property
-    def log_folder(self) -> Path:
-        """Where the logs of this run lie on this machine."""
-        return self._log_folder
-
-    @property
-    def has_logs(self) -> bool:
-        """Whether logs of this run lie there, of any writer: what is in them is not committed yet."""
-        return any(self._log_folder.glob(f"*{LOG_SUFFIX}"))
+    def left_in(self) -> Path | None:
+        """Where logs of this run lie that are not committed, of any writer here; None if there are none."""
+        return self._log_folder if any(self._log_folder.glob(f"*{LOG_SUFFIX}")) else None
 
     @property
     def stats(self) -> SinkStats:
