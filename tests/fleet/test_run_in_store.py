@@ -149,11 +149,13 @@ def test_a_whole_run_in_s3_is_read_back_by_its_uri(machine: Machine, bucket: S3B
 
     found = machine.program(
         """
+from rollout.fleet.record import read_description
 shown = ask("show", uri)
 first = ask("show", uri, "1")
 page = call("report", uri, "--output", "page.html")[1].strip()
 print(json.dumps({
     "whole": assert_whole(uri),
+    "config": read_description(uri)["config"]["output"],
     "rows": scan(uri, "steps").count_rows(),
     "shown": [shown["folder"], shown["episodes"], shown["notes"], sorted(shown["timings"])],
     "first": len(first["steps"]),
@@ -169,6 +171,7 @@ print(json.dumps({
         bucket.uri("runs"),
     )
     assert found["whole"] == found["export"] == 4
+    assert found["config"] == bucket.uri("runs", credentials="")
     assert found["shown"][:3] == [uri, 4, []]
     assert {"search", "sink", "step"} <= set(found["shown"][3])
     assert found["rows"] >= found["first"] >= 2
