@@ -290,7 +290,7 @@ class RunConfig(_Section):
     max_steps: Annotated[int, Field(ge=1)] = 1000
     """An episode is truncated after so many moves, whatever its environment says."""
     output: str = "runs"
-    """Folder that gets the run's own folder."""
+    """Gets the run's own folder: a local folder, or a URI of `pyarrow.fs` such as `s3://bucket/runs`."""
     env: EnvConfig = EnvConfig()
     image: ImageConfig = ImageConfig()
     engine: EngineConfig = EngineConfig()

@@ -37,6 +37,7 @@ from rollout.fleet.driver import play_run
 from rollout.fleet.progress import Progress
 from rollout.policy.leaves import Leaf
 from rollout.trajectory import scan
+from rollout.trajectory.storage import Location
 
 Array = NDArray[np.float64]
 
@@ -140,7 +141,7 @@ class Examples:
     values: Array
 
 
-def read_examples(folder: Path) -> Examples:
+def read_examples(folder: Location) -> Examples:
     """Every step of a run that was searched, from its Parquet."""
     columns = ["observation", "policy_target", "n_step_return"]
     rows = [row for row in scan(folder, "steps", columns).to_table().to_pylist() if row["policy_target"]]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rollout.commands.output import find_run, print_json
+from rollout.commands.output import RUN_HELP, find_run, print_json
 from rollout.commands.show import find_episode
 from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import CheckpointError, ConfigError, EnvError
@@ -32,7 +32,7 @@ Where = Annotated[str, typer.Argument(help="Folder, or a URI such as s3://bucket
 
 @app.command("export")
 def export(
-    run: Annotated[str, typer.Argument(help="Folder of the run, or its name below runs/.")],
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
     episode: Annotated[str, typer.Argument(help="Number of an episode, or the beginning of its id.")],
     to: Annotated[str, typer.Option(help="Folder, or a URI such as s3://bucket/checkpoints.")],
     move: Annotated[int, typer.Option(min=0, help="Before this move.")] = 0,

@@ -11,7 +11,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from rollout.commands.output import estimate_text, find_run, print_json, stdout_console, text_table
+from rollout.commands.output import RUN_HELP, estimate_text, find_run, print_json, stdout_console, text_table
 from rollout.report.stats import Difference, difference, paired_difference
 from rollout.report.summary import RunSummary, summarise
 from rollout.report.text import duration_text, number_text, printable
@@ -37,7 +37,7 @@ class Comparison:
 
 
 def command(
-    first: Annotated[str, typer.Argument(help="Folder of a run, or its name below runs/.")],
+    first: Annotated[str, typer.Argument(help=RUN_HELP)],
     second: Annotated[str, typer.Argument(help="The run to compare with it.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

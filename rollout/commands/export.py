@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rollout.commands.output import find_run, print_json, stderr_console
+from rollout.commands.output import RUN_HELP, find_run, print_json, stderr_console
 from rollout.errors import ConfigError
 from rollout.trajectory.export.context import ExportOptions
 from rollout.trajectory.export.formats import FORMATS, ExportReport, export_run
@@ -20,9 +20,7 @@ _FORMATS_HELP = "Format: " + "; ".join(f"{name} ({form.summary})" for name, form
 
 
 def command(
-    run: Annotated[
-        str, typer.Argument(help="The run: its folder, its name below runs/, or a URI (s3://...).")
-    ],
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
     format_name: Annotated[str, typer.Option("--format", help=_FORMATS_HELP)],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     min_return: Annotated[
@@ -59,7 +57,7 @@ def command(
     with Progress(*columns, console=stderr_console()) as bar:
         task = bar.add_task(f"exporting {format_name}", total=None)
         report = export_run(
-            run if "://" in run else find_run(run),
+            find_run(run),
             format_name,
             out,
             options,

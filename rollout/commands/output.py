@@ -14,22 +14,38 @@ from rich.text import Text
 from rollout.errors import ConfigError
 from rollout.report.stats import Estimate
 from rollout.report.text import number_text, printable
+from rollout.trajectory.storage import Storage
+from rollout.trajectory.uris import is_uri
 
-__all__ = ["estimate_text", "find_run", "print_json", "stderr_console", "stdout_console", "text_table"]
+__all__ = [
+    "RUN_HELP",
+    "estimate_text",
+    "find_run",
+    "print_json",
+    "stderr_console",
+    "stdout_console",
+    "text_table",
+]
 
 PIPE_WIDTH = 160
 """Columns of a table that goes to a file or a pipe, which has no width of its own."""
 
 
-def find_run(run: str) -> Path:
-    """The folder of a run: a path, or the name of a folder below `runs`.
+RUN_HELP = "The run: its folder, its name below runs/, or a URI (s3://...)."
+
+
+def find_run(run: str) -> Storage:
+    """The folder of a run: a path, the name of a folder below `runs`, or a URI, which may hold no run.
 
     Raises:
-        ConfigError: There is neither.
+        ConfigError: There is no such folder.
+        SinkError: The URI names no file system that this machine can reach.
     """
+    if is_uri(run):
+        return Storage.of(run)
     for folder in (Path(run), Path("runs") / run):
         if folder.is_dir():
-            return folder
+            return Storage.of(folder)
     name = printable(run)
     raise ConfigError(f"there is no run '{name}': neither that folder nor runs/{name}")
 

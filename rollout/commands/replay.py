@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from rollout.commands.output import find_run, print_json, stderr_console
+from rollout.commands.output import RUN_HELP, find_run, print_json, stderr_console
 from rollout.commands.show import find_episode
 from rollout.config import RunConfig
 from rollout.errors import ConfigError
@@ -25,7 +25,7 @@ __all__ = ["command"]
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="Folder of the run, or its name below runs/.")],
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
     episode: Annotated[str, typer.Argument(help="Number of an episode, or the beginning of its id.")],
     move: Annotated[
         int | None, typer.Option(min=0, help="Play the search of this move again, branch by branch.")

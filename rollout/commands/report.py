@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from rollout.commands.output import find_run, stderr_console
+from rollout.commands.output import RUN_HELP, find_run, stderr_console
 from rollout.report import write_report
 
 __all__ = ["command"]
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="Folder of the run, or its name below runs/.")],
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write; report.html in the run's folder.")
     ] = None,

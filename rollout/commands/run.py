@@ -21,6 +21,7 @@ from rollout.errors import ConfigError, RolloutError
 if TYPE_CHECKING:
     from rollout.config import RunConfig
     from rollout.fleet.progress import Progress
+    from rollout.trajectory.storage import Storage
 
 __all__ = ["command"]
 
@@ -39,8 +40,8 @@ def command(
         str | None,
         typer.Option(
             metavar="RUN",
-            help="Finish an interrupted run: its folder, or its name below runs/. It needs no CONFIG, and "
-            "refuses one that is not its own.",
+            help="Finish an interrupted run: its folder, its name below runs/, or a URI (s3://...). It needs "
+            "no CONFIG, and refuses one that is not its own.",
         ),
     ] = None,
     report: Annotated[bool, typer.Option(help="Write the HTML report at the end.")] = True,
@@ -60,7 +61,7 @@ def command(
     _show(folder, progress, with_report=report)
 
 
-def _show(folder: Path, progress: Progress, *, with_report: bool) -> None:
+def _show(folder: Storage, progress: Progress, *, with_report: bool) -> None:
     from rich.console import Console
 
     from rollout.commands.run_view import summary_table
@@ -83,7 +84,7 @@ def _show(folder: Path, progress: Progress, *, with_report: bool) -> None:
         )
 
 
-async def _play(config: RunConfig, name: str) -> tuple[Path, Progress]:
+async def _play(config: RunConfig, name: str) -> tuple[Storage, Progress]:
     from rollout.commands.run_view import shown
     from rollout.fleet.driver import play_run
     from rollout.fleet.progress import Progress
@@ -96,7 +97,7 @@ async def _play(config: RunConfig, name: str) -> tuple[Path, Progress]:
     return folder, progress
 
 
-async def _resume(run: str, given: RunConfig | None) -> tuple[Path, Progress]:
+async def _resume(run: str, given: RunConfig | None) -> tuple[Storage, Progress]:
     from rollout.commands.output import find_run
     from rollout.commands.run_view import shown
     from rollout.fleet.driver import resume_run

@@ -25,6 +25,7 @@ _REFRESHES_PER_S = 4
 _LINE_INTERVAL_S = 5.0
 _LOOK_INTERVAL_S = 0.2
 _BAR_WIDTH = 40
+_STARTING = "starting Ray and the hosts ..."
 
 
 @contextlib.asynccontextmanager
@@ -61,7 +62,7 @@ class RunView:
     def __rich__(self) -> RenderableType:
         progress = self._progress
         if progress.started_s is None:
-            return Text("starting Ray and the hosts ...")
+            return Text(progress.waits_for or _STARTING)
         bar = Table.grid(padding=(0, 1))
         counts = f"{progress.done}/{progress.total} episodes"
         bar.add_row(ProgressBar(progress.total, progress.done, width=_BAR_WIDTH), counts)
@@ -69,12 +70,16 @@ class RunView:
 
 
 async def _print_lines(progress: Progress) -> None:
-    _print("starting Ray and the hosts ...")
+    _print(_STARTING)
+    said = ""
     is_announced = False
     printed_s = 0.0
     while True:
         await asyncio.sleep(_LOOK_INTERVAL_S)
         if progress.started_s is None:
+            if progress.waits_for != said:
+                said = progress.waits_for
+                _print(said or _STARTING)
             continue
         if not is_announced:
             is_announced = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from rollout.errors import ConfigError, RolloutError
 from rollout.report.files import is_run_folder
 from rollout.report.summary import RunSummary, summarise
 from rollout.report.text import duration_text, printable
+from rollout.trajectory.storage import Location, Storage
 
 __all__ = ["ListedRun", "command", "list_runs"]
 
@@ -21,18 +21,21 @@ __all__ = ["ListedRun", "command", "list_runs"]
 class ListedRun:
     """A run in a folder: its summary, or why it cannot be read."""
 
-    folder: Path
+    folder: Storage
     summary: RunSummary | None
     problem: str = ""
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds the runs' folders.")] = Path("runs"),
+    folder: Annotated[
+        str, typer.Argument(help="Folder that holds the runs' folders, or a URI (s3://...).")
+    ] = "runs",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the runs in a folder, oldest first."""
-    with stderr_console().status(f"reading {folder}"):
-        runs = list_runs(folder)
+    where = Storage.of(folder)
+    with stderr_console().status(f"reading {where}"):
+        runs = list_runs(where)
     if json:
         print_json([_to_json(run) for run in runs])
         return
@@ -41,16 +44,18 @@ def command(
     stdout_console().print(text_table(header, rows, numbers=("episodes", "failed", "time")))
 
 
-def list_runs(folder: Path) -> list[ListedRun]:
+def list_runs(location: Location) -> list[ListedRun]:
     """The runs directly below a folder; one that cannot be read is listed with the reason.
 
     Raises:
-        ConfigError: The folder cannot be read.
+        ConfigError: It is no folder.
+        SinkError: It cannot be listed.
     """
-    try:
-        candidates = sorted(path for path in folder.iterdir() if is_run_folder(path))
-    except OSError as error:
-        raise ConfigError(f"cannot list the runs in {folder}: {error.strerror}") from error
+    folder = Storage.of(location)
+    if folder.local is not None and not folder.local.is_dir():
+        raise ConfigError(f"cannot list the runs in {folder}: it is no folder")
+    folder.check_bucket()
+    candidates = [child for name in sorted(folder.names()) if is_run_folder(child := folder.child(name))]
     runs: list[ListedRun] = []
     for candidate in candidates:
         try:

@@ -9,7 +9,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from rollout.commands.output import estimate_text, find_run, print_json, stdout_console, text_table
+from rollout.commands.output import RUN_HELP, estimate_text, find_run, print_json, stdout_console, text_table
 from rollout.errors import ConfigError
 from rollout.report.summary import Episode, RunSummary, summarise
 from rollout.report.text import duration_text, number_text, printable
@@ -19,7 +19,7 @@ __all__ = ["command", "episode_view", "find_episode", "run_view"]
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="Folder of the run, or its name below runs/.")],
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
     episode: Annotated[
         str | None, typer.Argument(help="Number of an episode, or the beginning of its id.")
     ] = None,

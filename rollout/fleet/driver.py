@@ -8,8 +8,10 @@ Invariants:
   started, the disk is full): then what is missing stays missing, and the error is raised.
 - SIGINT and SIGTERM end the run in order: no new episode, those in progress are given up, the sink commits,
   the hosts close, `run.json` says "interrupted".
-- One process at a time plays a run. `resume_run` plays the episodes that are neither committed nor in a log
-  that a dead driver left, and no others (see `rollout.fleet.resume`).
+- One process at a time plays a run, as far as its storage can tell (see `rollout.fleet.ownership`).
+  `resume_run` plays the episodes that are neither committed nor in a log that a dead driver left on this
+  machine, and no others (see `rollout.fleet.resume`).
+- A run in an object store goes on while the store is away, as far as its logs on this machine reach.
 """
 
 from __future__ import annotations
@@ -17,38 +19,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
+import shlex
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Generator
 from functools import partial
-from pathlib import Path
-
-import psutil
 
 from rollout.config import RunConfig
 from rollout.env import Env
-from rollout.errors import BootError, RolloutError
+from rollout.errors import SinkError
 from rollout.fleet.cluster import RayHostClient, cluster
 from rollout.fleet.fleet import Fleet
 from rollout.fleet.interrupt import RunInterrupted, Signals
-from rollout.fleet.messages import HostInfo
+from rollout.fleet.ownership import Ownership, drive_alone
 from rollout.fleet.progress import Progress
-from rollout.fleet.record import RunRecord, drive_alone, make_run_folder, read_description
-from rollout.fleet.resume import check_engine, check_given, check_versions, count_committed, recorded_config
+from rollout.fleet.record import RunRecord, make_run_folder, read_description
+from rollout.fleet.resume import check_given, check_versions, count_committed, recorded_config
+from rollout.fleet.session import Session
 from rollout.loading import load_env
 from rollout.policy.evaluators import make_evaluator
-from rollout.runner import EpisodeSpec, Runner, episode_specs
-from rollout.sandbox.base import Capabilities, PhaseTimings
-from rollout.sandbox.economics import ways_record
+from rollout.runner import episode_specs
+from rollout.sandbox.base import PhaseTimings
 from rollout.sandbox.engines import choose_engine_kind
 from rollout.trajectory.recover import recover_run
-from rollout.trajectory.rows import Trajectory
-from rollout.trajectory.sink import TrajectorySink
+from rollout.trajectory.storage import Location, Storage
 
 __all__ = ["play_run", "resume_run"]
-
-_METRIC_INTERVAL_S = 1.0
 
 
 async def play_run(
@@ -58,7 +53,7 @@ async def play_run(
     *,
     clock: Callable[[], float] = time.perf_counter,
     wall_clock: Callable[[], float] = time.time,
-) -> Path:
+) -> Storage:
     """Plays a run to its end.
 
     Args:
@@ -77,14 +72,15 @@ async def play_run(
     """
     env = _ready(config)
     folder = make_run_folder(config.output, run_id)
-    with _removed_unless_begun(folder), drive_alone(folder):
-        record = RunRecord.begin(folder, run_id, config, wall_clock())
-        await _drive(config, env, record, progress, clock, wall_clock)
+    record = RunRecord.begin(folder, run_id, config, wall_clock())
+    with _removed_unless_begun(record):
+        async with drive_alone(folder, config.sink.log_folder, is_new=True) as ownership:
+            await _drive(config, env, record, ownership, progress, clock, wall_clock)
     return folder
 
 
 async def resume_run(
-    folder: Path,
+    folder: Location,
     progress: Progress,
     *,
     given: RunConfig | None = None,
@@ -94,7 +90,7 @@ async def resume_run(
     """Plays the missing episodes of a run that was interrupted; none if there are none.
 
     Args:
-        folder: The run's folder.
+        folder: The run's folder: a local path or a URI of `pyarrow.fs`.
         progress: Counts what is there already, then kept up to date.
         given: Settings that must be those of the run.
         clock: Monotonic seconds.
@@ -105,18 +101,23 @@ async def resume_run(
         RunInterrupted: SIGINT or SIGTERM ended it again.
         RolloutError: It could not go on.
     """
-    read_description(folder)  # what is no run is told before anything is written there
-    with drive_alone(folder):
-        record = RunRecord.resume(folder)
-        check_versions(record.description)
-        if given is not None:
-            check_given(record.description, given)
-        config = recorded_config(record.description)
+    storage = Storage.of(folder)
+    described = read_description(storage)  # what is no run is told before anything is written there
+    check_versions(described)
+    if given is not None:
+        check_given(described, given)
+    config = recorded_config(described)
+
+    def show_wait(text: str) -> None:
+        progress.waits_for = text
+
+    async with drive_alone(storage, config.sink.log_folder, on_wait=show_wait) as ownership:
+        record = RunRecord.resume(storage)
         env = _ready(config)
-        committed = recover_run(folder, config.sink)
+        committed = recover_run(storage, config.sink)
         progress.total = config.episodes
         if committed:
-            count_committed(folder, progress)
+            count_committed(storage, progress)
         specs = episode_specs(config, record.description["run_id"], env.tasks())
         if all(spec.episode_id in committed for spec in specs):
             if record.description.get("status") != "finished":
@@ -124,7 +125,7 @@ async def resume_run(
             return
         sessions = record.description.get("resumed_at", [])
         record.set(resumed_at=[*sessions, wall_clock()])
-        await _drive(config, env, record, progress, clock, wall_clock)
+        await _drive(config, env, record, ownership, progress, clock, wall_clock)
 
 
 def _ready(config: RunConfig) -> Env:
@@ -144,6 +145,7 @@ async def _drive(
     config: RunConfig,
     env: Env,
     record: RunRecord,
+    ownership: Ownership,
     progress: Progress,
     clock: Callable[[], float],
     wall_clock: Callable[[], float],
@@ -162,194 +164,25 @@ async def _drive(
                 nodes = ray_cluster.node_ids
                 clients = [partial(RayHostClient, config, node) for node in nodes]
                 async with Fleet(config.fleet, clients, timings=timings, clock=clock) as fleet:
-                    await _Run(config, env, fleet, record, progress, timings, clock, wall_clock).play()
+                    run = Session(config, env, fleet, record, ownership, progress, timings, clock, wall_clock)
+                    await run.play()
         except asyncio.CancelledError:
             if signals.received is None:
                 raise
-            done = f"{progress.done} of {progress.total} episodes are committed in {record.folder}"
-            if (record.folder / "run.json").exists():
-                done += f"; to finish it: rollout run --resume {record.folder}"
+            done = f"{progress.done} of {progress.total} episodes are committed in {record.storage}"
+            if record.is_begun:
+                done += f"; to finish it: rollout run --resume {shlex.quote(str(record.storage))}"
             raise RunInterrupted(
                 f"interrupted by {signals.received.name}; {done}", signals.received
             ) from None
 
 
-class _Run:
-    """One run, or one session of it."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        env: Env,
-        fleet: Fleet,
-        record: RunRecord,
-        progress: Progress,
-        timings: PhaseTimings,
-        clock: Callable[[], float],
-        wall_clock: Callable[[], float],
-    ) -> None:
-        self._config = config
-        self._env = env
-        self._fleet = fleet
-        self._record = record
-        self._progress = progress
-        self._timings = timings
-        self._clock = clock
-        self._wall_clock = wall_clock
-
-    async def play(self) -> None:
-        """Plays every episode that is not there yet."""
-        engine = _common_engine(self._fleet.hosts)
-        described = _describe(self._fleet.hosts[0])
-        check_engine(self._record.description.get("engine"), described)
-        for host in self._fleet.hosts:
-            self._env.learn(host.env_description)
-        self._progress.wall, self._progress.hint = engine.wall, self._fleet.hosts[0].hint
-        self._progress.started_s = self._clock()
-        self._record.update(
-            status="running",
-            engine=described,
-            hosts=[{"node_id": host.node_id, "pid": host.pid, **host.machine} for host in self._fleet.hosts],
-        )
-        runner = Runner(
-            self._env,
-            self._fleet,
-            self._config,
-            engine=engine.engine,
-            timings=self._timings,
-            clock=self._clock,
-            wall_clock=self._wall_clock,
-        )
-        run_id = str(self._record.description["run_id"])
-        sink = TrajectorySink(
-            self._record.folder,
-            run_id=run_id,
-            observation_space=self._env.observation_space,
-            action_space=self._env.action_space,
-            config=self._config.sink,
-        )
-        specs = episode_specs(self._config, run_id, self._env.tasks())
-        missing = [spec for spec in specs if spec.episode_id not in sink]
-        try:
-            await self._play_all(runner, sink, missing)
-        except BaseException as error:
-            with contextlib.suppress(
-                RolloutError
-            ):  # a full disk fails here too; the first error is the one to tell
-                status = "interrupted" if isinstance(error, asyncio.CancelledError) else "failed"
-                await self._finish(sink, status)
-            raise
-        await self._finish(sink, "finished")
-
-    async def _play_all(self, runner: Runner, sink: TrajectorySink, specs: Sequence[EpisodeSpec]) -> None:
-        left = iter(specs)
-        workers = [self._play_some(runner, sink, left) for _ in range(self._config.fleet.concurrent_episodes)]
-        metrics = asyncio.create_task(self._watch())
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for worker in workers:
-                    tasks.create_task(worker)
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None  # the others were cancelled because of it
-        finally:
-            metrics.cancel()
-        await self._fleet.refresh()
-        self._measure()
-
-    async def _play_some(self, runner: Runner, sink: TrajectorySink, specs: Iterator[EpisodeSpec]) -> None:
-        """Plays episodes one after the other, as many as this worker gets."""
-        for spec in specs:
-            trajectory = await runner.play(spec)
-            if self._fleet.broken is not None:
-                raise self._fleet.broken
-            await self._commit(sink, trajectory)
-
-    async def _commit(self, sink: TrajectorySink, trajectory: Trajectory) -> None:
-        """Writes and counts an episode; a cancellation waits for both: what is told is what is there."""
-        start_s = self._clock()
-        writing = asyncio.ensure_future(asyncio.to_thread(sink.write, trajectory))
-        try:
-            await asyncio.shield(writing)
-        finally:
-            await writing
-            self._timings.add("sink", self._clock() - start_s)
-            self._progress.add(trajectory.episode)
-
-    async def _watch(self) -> None:
-        """Keeps the progress fresh and writes the timeline."""
-        while True:
-            await asyncio.sleep(_METRIC_INTERVAL_S)
-            self._measure()
-
-    def _measure(self) -> None:
-        stats = self._fleet.stats()
-        self._progress.branches = stats.branches
-        self._progress.live_sandboxes = stats.live_sandboxes
-        self._progress.checkpoints = stats.checkpoints
-        self._progress.lost_hosts = self._fleet.num_lost_hosts
-        self._record.add_metric(
-            {
-                "t_s": round(self._record.played_s + self._clock() - (self._progress.started_s or 0.0), 3),
-                "live_sandboxes": stats.live_sandboxes,
-                "checkpoints": stats.checkpoints,
-                "checkpoint_bytes": stats.checkpoint_bytes,
-                "branches": self._record.num_branches + stats.branches,
-                "failed_branches": self._record.num_failed_branches + stats.failed_branches,
-                "rss_bytes": stats.rss_bytes + psutil.Process().memory_info().rss,
-            }
-        )
-
-    async def _finish(self, sink: TrajectorySink, status: str) -> None:
-        await asyncio.to_thread(sink.close)
-        stats, progress = self._fleet.stats(), self._progress
-        progress.finished_s = self._clock()
-        duration_s = progress.finished_s - (progress.started_s or 0.0)
-        self._timings.merge(stats.timings)
-        self._record.write_timings(self._timings)
-        # Of earlier sessions, unless they were killed.
-        earlier = self._record.description.get("summary", {})
-        self._record.update(
-            status=status,
-            finished_at=self._wall_clock(),
-            summary={
-                "episodes": progress.done,
-                "failed_episodes": progress.failed,
-                "mean_return": progress.mean_return,
-                "branches": self._record.num_branches + stats.branches,
-                "failed_branches": self._record.num_failed_branches + stats.failed_branches,
-                "evicted_checkpoints": stats.evicted_checkpoints + earlier.get("evicted_checkpoints", 0),
-                "remade_checkpoints": stats.remade_checkpoints + earlier.get("remade_checkpoints", 0),
-                "lost_hosts": self._fleet.num_lost_hosts + earlier.get("lost_hosts", 0),
-                "economics": ways_record(stats.ways, earlier.get("economics", {})),
-                "duration_s": round(self._record.played_s + duration_s, 3),
-            },
-        )
-
-
 @contextlib.contextmanager
-def _removed_unless_begun(folder: Path) -> Generator[None]:
+def _removed_unless_begun(record: RunRecord) -> Generator[None]:
     """A run that never began leaves no folder."""
     try:
         yield
     finally:
-        if not (folder / "run.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _common_engine(hosts: Sequence[HostInfo]) -> Capabilities:
-    """The engine that all hosts have.
-
-    Raises:
-        BootError: They differ, so rows of one run would not be comparable.
-    """
-    kinds = sorted({host.capabilities.engine for host in hosts})
-    if len(kinds) > 1:
-        raise BootError(
-            f"the hosts have different engines ({', '.join(kinds)}); set engine.kind to one of them"
-        )
-    return hosts[0].capabilities
-
-
-def _describe(host: HostInfo) -> dict[str, object]:
-    fingerprint = {"fingerprint": host.fingerprint, "image_digest": host.image_digest}
-    return {"kind": host.capabilities.engine, **fingerprint, "capabilities": asdict(host.capabilities)}
+        if not record.is_begun:
+            with contextlib.suppress(SinkError):  # the error to tell is another one
+                record.storage.delete_all()

@@ -30,6 +30,7 @@ class Progress:
         wall: What stands between guests and the machine; empty until the hosts are up.
         hint: How to get a stronger wall, if there is one.
         notes: What a user must know about what was there before a run was resumed.
+        waits_for: What is waited for before Ray is started; mostly empty.
         started_s: Monotonic time at which playing began; None before.
         finished_s: When it ended; None before.
     """
@@ -47,6 +48,7 @@ class Progress:
     wall: str = ""
     hint: str | None = None
     notes: list[str] = field(default_factory=list[str])
+    waits_for: str = ""
     started_s: float | None = None
     finished_s: float | None = None
 

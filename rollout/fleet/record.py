@@ -1,9 +1,8 @@
-"""The small files of a run beside its tables: `run.json`, `metrics.jsonl`, `timings.json`, `driver.lock`.
+"""The small files of a run beside its tables: `run.json`, `metrics.jsonl`, `timings.json`.
 
 `run.json` says what was run and where: it is there as soon as episodes are played, and again, with the
 outcome, when the run ends; each time it is replaced as a whole. The next two are described in
-`rollout.report`. `driver.lock` is there while a driver plays the run: it holds a lock on the file, which the
-kernel drops when it dies, so that nobody else plays the run at the same time.
+`rollout.report`. A fourth, `driver.lock`, is that of `rollout.fleet.ownership`.
 
 A run that is resumed goes on in the same files: its timeline continues where it ended, and the seconds and
 counts of its sessions add up.
@@ -12,24 +11,26 @@ counts of its sessions add up.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import platform
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Self, cast
 
 from rollout import __version__
 from rollout.config import RunConfig
 from rollout.errors import ConfigError, SinkError
+from rollout.fleet.timeline import Timeline
 from rollout.sandbox.base import PhaseTimings
+from rollout.trajectory.storage import Location, Storage
+from rollout.trajectory.uris import without_secrets
 
-__all__ = ["RunRecord", "drive_alone", "make_run_folder", "make_run_id", "read_description", "versions"]
+__all__ = ["RunRecord", "make_run_folder", "make_run_id", "read_description", "versions"]
 
-_LOCK_NAME = "driver.lock"
+_DESCRIPTION = "run.json"
+_TIMINGS = "timings.json"
+_PROBE = ".probe"
 
 _PACKAGES = ("ray", "numpy", "gymnasium", "msgpack", "pyarrow", "pydantic")
 
@@ -40,26 +41,28 @@ def make_run_id(name: str, started_at: str, nonce: str) -> str:
     return f"{started_at}-{plain}-{nonce}"
 
 
-def make_run_folder(output: str, run_id: str) -> Path:
+def make_run_folder(output: str, run_id: str) -> Storage:
     """Makes the folder of a run and shows that it can be written.
 
+    Args:
+        output: Folder of runs: a local path or a URI of `pyarrow.fs`.
+        run_id: The run's id.
+
     Raises:
-        ConfigError: It is a URI: what a driver notes beside the tables needs a file system of this machine.
-        SinkError: It cannot be made or written.
+        SinkError: It is there already, or cannot be made or written.
     """
-    if "://" in output:
-        raise ConfigError(
-            f"output is a local folder, not {output}: copy a finished run there, or write to it with "
-            "rollout.trajectory.TrajectorySink"
-        )
-    folder = Path(output) / run_id
     try:
-        folder.mkdir(parents=True)
-        probe = folder / ".probe"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise SinkError(f"cannot write to the output folder {output}: {error.strerror}") from error
+        folder = Storage.of(output).child(run_id)
+        if folder.local is not None:
+            folder.local.mkdir(parents=True)
+        elif folder.names():
+            raise SinkError(f"{folder} holds something already")
+        folder.put(_PROBE, bytes(4096), "probe")
+        folder.delete(_PROBE)
+    except (OSError, SinkError) as error:
+        shown = without_secrets(output)
+        cause = error.message if isinstance(error, SinkError) else error.strerror
+        raise SinkError(f"cannot write to the output folder {shown}: {cause}") from error
     return folder
 
 
@@ -69,67 +72,26 @@ def versions() -> dict[str, str]:
     return {"rollout": __version__, "python": platform.python_version(), **found}
 
 
-@contextlib.contextmanager
-def drive_alone(folder: Path) -> Generator[None]:
-    """Makes this process the only driver of a run for as long as the context lasts.
-
-    Raises:
-        ConfigError: Another process drives it; the message names that process.
-        SinkError: The folder cannot be written.
-    """
-    path = folder / _LOCK_NAME
-    try:
-        descriptor = _locked(path)
-    except OSError as error:
-        raise SinkError.wrap(error, f"cannot write {path}") from error
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _locked(path: Path) -> int:
-    """The descriptor of the file, which is there and locked by this process."""
-    while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                    return descriptor
-        except BlockingIOError:
-            driver = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-            os.close(descriptor)
-            raise ConfigError(f"the run in {path.parent} is being played by {driver}") from None
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # between open and lock its owner ended and removed it
-
-
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Location) -> dict[str, Any]:
     """What the `run.json` of a run says.
 
     Raises:
         ConfigError: The folder holds no run, or its `run.json` is damaged.
         SinkError: It cannot be read.
     """
-    path = folder / "run.json"
+    storage = Storage.of(folder)
+    data = storage.read_if_there(_DESCRIPTION)
+    if data is None:
+        storage.check_bucket()
+        raise ConfigError(f"{storage} holds no run.json: no run was begun there")
     try:
-        found: object = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no run.json: no run was begun there") from None
-    except OSError as error:
-        raise SinkError.wrap(error, f"cannot read {path}") from error
+        found: object = json.loads(data)
     except ValueError as error:
-        raise ConfigError(f"{path} is damaged: {error}") from None
+        raise ConfigError(f"{storage.path(_DESCRIPTION)} is damaged: {error}") from None
     described = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
     needed = {"run_id": str, "config": dict, "versions": dict}
     if wrong := [key for key, kind in needed.items() if not isinstance(described.get(key), kind)]:
-        raise ConfigError(f"{path} is damaged: it does not say {', '.join(wrong)}")
+        raise ConfigError(f"{storage.path(_DESCRIPTION)} is damaged: it does not say {', '.join(wrong)}")
     return described
 
 
@@ -137,32 +99,37 @@ class RunRecord:
     """Writes the small files of one run; made by `begin` or `resume`.
 
     Args:
-        folder: The run's folder.
+        storage: The run's folder.
         description: What `run.json` says, or will say.
+        timeline: Writes `metrics.jsonl`.
         played_s: Seconds that earlier sessions of the run were played, by its timeline.
         num_branches: Branches that they finished, by its timeline.
+        num_failed_branches: Branches that failed in them, by its timeline.
         timings: Theirs.
     """
 
     def __init__(
         self,
-        folder: Path,
+        storage: Storage,
         description: dict[str, Any],
+        timeline: Timeline,
         *,
         played_s: float = 0.0,
         num_branches: int = 0,
         num_failed_branches: int = 0,
         timings: PhaseTimings | None = None,
     ) -> None:
-        self.folder = folder
+        self.storage = storage
         self.played_s = played_s
         self.num_branches = num_branches
         self.num_failed_branches = num_failed_branches
         self._description = description
+        self._timeline = timeline
         self._timings = timings or PhaseTimings()
+        self._is_begun = False
 
     @classmethod
-    def begin(cls, folder: Path, run_id: str, config: RunConfig, started_at: float) -> Self:
+    def begin(cls, folder: Location, run_id: str, config: RunConfig, started_at: float) -> Self:
         """The record of a new run.
 
         Args:
@@ -171,34 +138,44 @@ class RunRecord:
             config: As resolved, with all defaults.
             started_at: Unix time.
         """
+        storage = Storage.of(folder)
         description: dict[str, Any] = {
             "run_id": run_id,
             "status": "starting",
             "started_at": started_at,
             "seed": config.seed,
-            "config": config.model_dump(mode="json"),
+            "config": config.model_dump(mode="json") | {"output": without_secrets(config.output)},
             "versions": versions(),
         }
-        return cls(folder, description)
+        return cls(storage, description, Timeline(storage))
 
     @classmethod
-    def resume(cls, folder: Path) -> Self:
+    def resume(cls, folder: Location) -> Self:
         """The record of a run that was begun, to go on with it; a torn line of its timeline is removed.
 
         Raises:
             ConfigError: The folder holds no run, or its `run.json` is damaged.
             SinkError: A file cannot be read or written.
         """
-        described = read_description(folder)
-        played_s, num_branches, num_failed = _end_of_timeline(folder / "metrics.jsonl")
-        return cls(
-            folder,
+        storage = Storage.of(folder)
+        described = read_description(storage)
+        timeline, last = Timeline.resume(storage)
+        record = cls(
+            storage,
             described,
-            played_s=played_s,
-            num_branches=num_branches,
-            num_failed_branches=num_failed,
-            timings=_read_timings(folder / "timings.json"),
+            timeline,
+            played_s=float(last.get("t_s", 0.0)),
+            num_branches=int(last.get("branches", 0)),
+            num_failed_branches=int(last.get("failed_branches", 0)),
+            timings=_read_timings(storage),
         )
+        record._is_begun = True
+        return record
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a `run.json`, so that the run can be resumed."""
+        return self._is_begun
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -216,19 +193,16 @@ class RunRecord:
             SinkError: It cannot be written.
         """
         self._description.update(fields)
-        self._replace("run.json", self._description)
+        self._replace(_DESCRIPTION, self._description)
+        self._is_begun = True
 
-    def add_metric(self, metric: Mapping[str, float]) -> None:
-        """Appends one line to `metrics.jsonl`.
+    def add_metric(self, metric: Mapping[str, float], *, is_last: bool = False) -> None:
+        """Adds one line to `metrics.jsonl`, as `Timeline.add`.
 
         Raises:
             SinkError: It cannot be written.
         """
-        try:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metric) + "\n")
-        except OSError as error:
-            raise SinkError.wrap(error, "cannot write metrics.jsonl") from error
+        self._timeline.add(metric, is_last=is_last)
 
     def write_timings(self, timings: PhaseTimings) -> None:
         """Writes `timings.json`: these, and those of earlier sessions.
@@ -242,43 +216,16 @@ class RunRecord:
             phase: {"seconds": round(seconds, 6), "calls": total.calls[phase]}
             for phase, seconds in sorted(total.seconds.items())
         }
-        self._replace("timings.json", phases)
+        self._replace(_TIMINGS, phases)
 
     def _replace(self, name: str, value: Mapping[str, Any]) -> None:
-        temporary = self.folder / f".{name}"
-        try:
-            temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(self.folder / name)
-        except OSError as error:
-            raise SinkError.wrap(error, f"cannot write {name}") from error
+        self.storage.put(name, (json.dumps(value, indent=2) + "\n").encode(), "record")
 
 
-def _end_of_timeline(path: Path) -> tuple[float, int, int]:
-    """(seconds, branches, failed branches) of the last whole line of a timeline; what follows it is cut off.
-
-    Raises:
-        SinkError: It cannot be read or written.
-    """
-    try:
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.truncate(path, len(whole))
-    except FileNotFoundError:
-        return 0.0, 0, 0
-    except OSError as error:
-        raise SinkError.wrap(error, f"cannot go on with {path}") from error
-    for line in reversed(whole.splitlines()):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            metric: dict[str, Any] = json.loads(line)
-            return float(metric["t_s"]), int(metric["branches"]), int(metric.get("failed_branches", 0))
-    return 0.0, 0, 0
-
-
-def _read_timings(path: Path) -> PhaseTimings:
+def _read_timings(storage: Storage) -> PhaseTimings:
     """The timings of earlier sessions; none where they did not get to write them, or are damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        phases: dict[str, Any] = json.loads(path.read_bytes())
+    with contextlib.suppress(SinkError, ValueError, KeyError, TypeError, AttributeError):
+        phases: dict[str, Any] = json.loads(storage.read(_TIMINGS))
         seconds = {phase: float(entry["seconds"]) for phase, entry in phases.items()}
         return PhaseTimings(seconds, {phase: int(entry["calls"]) for phase, entry in phases.items()})
     return PhaseTimings()

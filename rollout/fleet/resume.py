@@ -11,7 +11,6 @@ versions of packages that no row depends on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from rollout.config import RunConfig, check_config
@@ -19,6 +18,7 @@ from rollout.errors import ConfigError
 from rollout.fleet.progress import Progress
 from rollout.fleet.record import versions
 from rollout.trajectory.reader import scan
+from rollout.trajectory.storage import Location
 
 __all__ = ["check_engine", "check_given", "check_versions", "count_committed", "recorded_config"]
 
@@ -102,7 +102,7 @@ def check_engine(recorded: object, found: Mapping[str, object]) -> None:
             )
 
 
-def count_committed(folder: Path, progress: Progress) -> None:
+def count_committed(folder: Location, progress: Progress) -> None:
     """Counts the episodes that a run has already; notes those that are damaged.
 
     Raises:

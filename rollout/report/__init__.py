@@ -14,7 +14,8 @@ of their own), `checkpoint`, `release`, `search` (ask, tell and everything else 
 and `ray` (a call to a host less what the host says that it took). Other names are shown as they are.
 Seconds are summed over workers, so they may add up to more than the run's own length.
 
-`metrics.jsonl`, appended about once a second while the run goes on, is the timeline; one object a line:
+`metrics.jsonl` is the timeline, about a line a second while the run goes on, and fewer where a long run lies
+in an object store (`rollout.fleet.timeline`); one object a line:
 
     {"t_s": 4.0, "live_sandboxes": 9, "checkpoints": 211, "checkpoint_bytes": 14680064, "branches": 640,
      "failed_branches": 2, "rss_bytes": 402653184}

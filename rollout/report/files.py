@@ -11,10 +11,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 from rollout.errors import SinkError
+from rollout.trajectory.storage import Location, Storage
 
 __all__ = [
     "MAX_METRICS",
@@ -30,6 +30,9 @@ MAX_METRICS = 2000
 
 
 _MANIFEST = "manifest.jsonl"
+_SEGMENTS = "manifest"
+_MARKS = frozenset({"run.json", _MANIFEST, "episodes"})
+"""Where one of these is, there is a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class RunFiles:
         notes: What was missing or damaged, one line each.
     """
 
-    folder: Path
+    folder: Storage
     description: Mapping[str, object] = field(default_factory=dict[str, object])
     phases: tuple[PhaseTime, ...] = ()
     metrics: tuple[RunMetric, ...] = ()
@@ -75,7 +78,7 @@ class RunFiles:
     def run_id(self) -> str:
         """The run's id: what `run.json` says, otherwise the folder's name."""
         run_id = self.description.get("run_id")
-        return run_id if isinstance(run_id, str) and run_id else self.folder.resolve().name
+        return run_id if isinstance(run_id, str) and run_id else self.folder.name
 
     @property
     def config(self) -> Mapping[str, object]:
@@ -84,60 +87,74 @@ class RunFiles:
         return cast("Mapping[str, object]", config) if isinstance(config, dict) else {}
 
 
-def is_run_folder(folder: Path) -> bool:
-    """Whether a folder holds a run, whole or not."""
-    return any((folder / name).exists() for name in ("run.json", _MANIFEST, "episodes"))
+def is_run_folder(folder: Location) -> bool:
+    """Whether a folder holds a run, whole or not.
+
+    Raises:
+        SinkError: It cannot be listed.
+    """
+    storage = Storage.of(folder)
+    if storage.local is not None and not storage.local.is_dir():
+        return False
+    return not _MARKS.isdisjoint(storage.names())
 
 
-def _require_run_folder(folder: Path) -> None:
+def _require_run_folder(folder: Storage) -> None:
     """Checks that a folder is a run, whole or not.
 
     Raises:
         SinkError: It does not exist, or holds none of a run's files.
     """
-    if not folder.is_dir():
+    if folder.local is not None and not folder.local.is_dir():
         raise SinkError(f"{folder} is not a folder; `rollout runs` lists the runs there are")
+    folder.check_bucket()
     if not is_run_folder(folder):
         raise SinkError(f"{folder} holds no run: neither run.json nor manifest.jsonl nor episodes")
 
 
-def has_manifest(folder: Path) -> bool:
-    """Whether the sink of the run got as far as saying what its tables are."""
-    try:
-        with (folder / _MANIFEST).open("rb") as manifest:
-            return manifest.readline().endswith(b"\n")
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise SinkError(f"cannot read {folder / _MANIFEST}: {error.strerror}") from error
-
-
-def read_run_files(folder: Path) -> RunFiles:
-    """Reads what is there.
+def has_manifest(folder: Location) -> bool:
+    """Whether the sink of the run got as far as saying what its tables are.
 
     Raises:
-        SinkError: The folder is no run.
+        SinkError: The folder cannot be read.
     """
+    storage = Storage.of(folder)
+    if storage.local is None and storage.files(_SEGMENTS):
+        return True
+    return b"\n" in (storage.read_if_there(_MANIFEST) or b"")
+
+
+def read_run_files(location: Location) -> RunFiles:
+    """Reads what is there.
+
+    Args:
+        location: The run's folder: a local path or a URI of `pyarrow.fs`.
+
+    Raises:
+        SinkError: The folder is no run, or its store does not answer.
+    """
+    folder = Storage.of(location)
     _require_run_folder(folder)
     notes: list[str] = []
-    description = _read_object(folder / "run.json", notes)
-    timings = _read_object(folder / "timings.json", notes)
+    description = _read_object(folder, "run.json", notes)
+    timings = _read_object(folder, "timings.json", notes)
     phases = _phases(timings, notes)
-    metrics = _read_metrics(folder / "metrics.jsonl", notes)
+    metrics = _read_metrics(folder, "metrics.jsonl", notes)
     return RunFiles(folder, description, phases, metrics, tuple(notes))
 
 
-def _read_object(path: Path, notes: list[str]) -> dict[str, object]:
+def _read_object(folder: Storage, name: str, notes: list[str]) -> dict[str, object]:
     try:
-        value: object = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        notes.append(f"{path.name} is missing: the run did not get to write it")
+        data = folder.read_if_there(name)
+        value: object = None if data is None else json.loads(data)
+    except (SinkError, ValueError, RecursionError) as error:
+        notes.append(f"{name} cannot be read ({type(error).__name__})")
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"{path.name} cannot be read ({type(error).__name__})")
+    if data is None:
+        notes.append(f"{name} is missing: the run did not get to write it")
         return {}
     if not isinstance(value, dict):
-        notes.append(f"{path.name} is not an object")
+        notes.append(f"{name} is not an object")
         return {}
     return cast("dict[str, object]", value)
 
@@ -154,15 +171,16 @@ def _phases(timings: Mapping[str, object], notes: list[str]) -> tuple[PhaseTime,
     return tuple(sorted(phases, key=lambda entry: (-entry.seconds, entry.phase)))
 
 
-def _read_metrics(path: Path, notes: list[str]) -> tuple[RunMetric, ...]:
+def _read_metrics(folder: Storage, name: str, notes: list[str]) -> tuple[RunMetric, ...]:
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # without the last newline, the last line is torn
-    except FileNotFoundError:
-        notes.append(f"{path.name} is missing: there is no timeline")
+        data = folder.read_if_there(name)
+    except SinkError as error:
+        notes.append(f"{name} cannot be read ({error.message})")
         return ()
-    except OSError as error:
-        notes.append(f"{path.name} cannot be read ({error.strerror})")
+    if data is None:
+        notes.append(f"{name} is missing: there is no timeline")
         return ()
+    lines = data.split(b"\n")[:-1]  # without the last newline, the last line is torn
     step = max(1, math.ceil(len(lines) / MAX_METRICS))
     metrics: list[RunMetric] = []
     num_damaged = 0
@@ -173,7 +191,7 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[RunMetric, ...]:
         else:
             metrics.append(metric)
     if num_damaged:
-        notes.append(f"{path.name}: {num_damaged} damaged lines are left out")
+        notes.append(f"{name}: {num_damaged} damaged lines are left out")
     return tuple(metrics)
 
 

@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import html
 import json
-import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -50,6 +49,7 @@ from rollout.report.sections import (
 )
 from rollout.report.summary import RunSummary, summarise
 from rollout.report.trees import DrawnTree, EpisodeDetail, Limits, Move, read_details
+from rollout.trajectory.storage import Location, Storage
 
 __all__ = ["PAGE_NAME", "render_page", "write_report"]
 
@@ -68,31 +68,33 @@ _FOOTER = (
 )
 
 
-def write_report(run_dir: Path, output: Path | None = None, limits: Limits | None = None) -> Path:
+def write_report(
+    run_dir: Location, output: Path | None = None, limits: Limits | None = None
+) -> Path | Storage:
     """Writes the page of a run, whole or not at all, over an earlier one.
 
     Args:
-        run_dir: The run's folder.
+        run_dir: The run's folder: a local path or a URI of `pyarrow.fs`.
         output: Where to; `report.html` in that folder when None.
         limits: How much of the run the page holds.
 
     Returns:
-        The path of the page.
+        The page's place: a path, unless it is in an object store.
 
     Raises:
         SinkError: The folder is no run, a committed file cannot be read, or the page cannot be written.
     """
     summary = summarise(run_dir)
     page = render_page(summary, read_details(summary, limits))
-    target = output or run_dir / PAGE_NAME
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    folder, name = summary.files.folder, PAGE_NAME
+    if output is not None:
+        folder, name = Storage.of(output.parent), output.name
+    page_place = folder.child(name)
     try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SinkError(f"cannot write the report {target}: {error.strerror}") from error
-    return target
+        folder.put(name, page.encode(), "report")
+    except SinkError as error:
+        raise SinkError(f"cannot write the report {page_place}: {error.message}") from error
+    return page_place if folder.local is None else Path(str(page_place))
 
 
 def render_page(summary: RunSummary, details: Sequence[EpisodeDetail]) -> str:

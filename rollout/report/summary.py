@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
@@ -25,6 +24,7 @@ from rollout.report.files import RunFiles, has_manifest, read_run_files
 from rollout.report.stats import Estimate, estimate
 from rollout.trajectory import scan
 from rollout.trajectory.schema import file_schema, record_schema
+from rollout.trajectory.storage import Location, Storage
 
 __all__ = ["Episode", "FailureGroup", "RunSummary", "summarise"]
 
@@ -205,14 +205,17 @@ class RunSummary:
         }
 
 
-def summarise(folder: Path) -> RunSummary:
+def summarise(folder: Location) -> RunSummary:
     """Reads a run's summary.
+
+    Args:
+        folder: The run's folder: a local path or a URI of `pyarrow.fs`.
 
     Raises:
         SinkError: The folder is no run, or a committed file cannot be read.
     """
     files = read_run_files(folder)
-    table, problems = _read_episodes(folder)
+    table, problems = _read_episodes(files.folder)
     table = table.sort_by([("started_at", "ascending"), ("episode_id", "ascending")])
     played = table.filter(pc.is_null(table.column("failure")))
     returns = [float(value) for value in played.column("return").drop_null().to_pylist()]
@@ -249,7 +252,7 @@ def summarise(folder: Path) -> RunSummary:
     )
 
 
-def _read_episodes(folder: Path) -> tuple[pa.Table, list[str]]:
+def _read_episodes(folder: Storage) -> tuple[pa.Table, list[str]]:
     """The committed episodes, and what was skipped on the way, in words."""
     if not has_manifest(folder):
         no_field = pa.field("", pa.null())

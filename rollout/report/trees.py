@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +26,7 @@ import pyarrow.compute as pc
 from rollout.report.summary import Episode, RunSummary
 from rollout.report.text import value_text
 from rollout.trajectory import scan
+from rollout.trajectory.storage import Location
 
 __all__ = ["DrawnTree", "EpisodeDetail", "Limits", "Move", "read_details", "read_moves"]
 
@@ -179,7 +179,7 @@ def read_details(summary: RunSummary, limits: Limits | None = None) -> list[Epis
     return sorted(details, key=lambda detail: detail.episode.number)
 
 
-def read_moves(folder: Path, episode_ids: Sequence[str]) -> dict[str, list[Move]]:
+def read_moves(folder: Location, episode_ids: Sequence[str]) -> dict[str, list[Move]]:
     """The moves of episodes in order, without trees; episodes that have none are left out.
 
     Raises:
@@ -234,7 +234,7 @@ def _choose_trees(
 
 
 def _read_trees(
-    folder: Path, wanted: Sequence[tuple[str, int]], limits: Limits
+    folder: Location, wanted: Sequence[tuple[str, int]], limits: Limits
 ) -> dict[tuple[str, int], DrawnTree]:
     if not wanted:
         return {}

@@ -29,7 +29,7 @@ from rollout.trajectory.batch import Schemas
 from rollout.trajectory.manifest import Committed, FileEntry, Manifest, Problem
 from rollout.trajectory.numpy_batches import Batch, to_numpy
 from rollout.trajectory.schema import TABLES, TableName, check_table, readable_schema
-from rollout.trajectory.storage import Location, Storage, sink_error
+from rollout.trajectory.storage import Location, Storage
 
 __all__ = ["OpenRun", "Scan", "open_run", "scan"]
 
@@ -97,7 +97,8 @@ def open_run(path: Location, *, filesystem: fs.FileSystem | None = None, verify:
     manifest = Manifest(storage)
     manifest.refresh()
     if manifest.schemas is None or manifest.run_id is None:
-        raise SinkError(f"{storage.root} holds no run: it has no manifest that says what its tables are")
+        storage.check_bucket()
+        raise SinkError(f"{storage} holds no run: it has no manifest that says what its tables are")
     sizes = {file: size for each in TABLES for file, size in storage.files(each).items()}
     committed_files = {entry.name for one in manifest.commits for entry in one.commit.files}
     problems = [
@@ -213,7 +214,7 @@ class Scan:
                     if batch.num_rows:
                         yield batch
             except (OSError, pa.ArrowException) as error:
-                raise sink_error(error, f"cannot read {self.table} of {self._storage.root}") from error
+                raise self._storage.failure(error, f"cannot read {self.table} of {self._storage}") from error
 
     def to_table(self) -> pa.Table:
         """All rows at once.
@@ -282,7 +283,7 @@ class Scan:
                 list(paths), schema=self.run_schema, format="parquet", filesystem=self._storage.filesystem
             )
         except (OSError, pa.ArrowException) as error:
-            raise sink_error(error, f"cannot open {self.table} of {self._storage.root}") from error
+            raise self._storage.failure(error, f"cannot open {self.table} of {self._storage}") from error
 
 
 def _whole_commits(

@@ -31,6 +31,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -131,6 +132,11 @@ class TrajectorySink:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def left_in(self) -> Path | None:
+        """Where logs of this run lie that are not committed, of any writer here; None if there are none."""
+        return self._log_folder if any(self._log_folder.glob(f"*{LOG_SUFFIX}")) else None
 
     @property
     def stats(self) -> SinkStats:

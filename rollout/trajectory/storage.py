@@ -4,7 +4,8 @@
 folder, fsync, rename and fsync of the folder; an object store makes an object visible when its stream is
 closed, and has neither rename nor append. Names are relative to the run's folder, with `/`.
 
-This does not retry: what a store does about a lost connection is its client's business.
+This does not retry: what a store does about a lost connection is its client's business. It also excludes
+nobody: `pyarrow.fs` has no conditional put, so of two writers of one name in an object store the last wins.
 """
 
 # pyarrow comes without type stubs: what it returns is unknown to the type checker.
@@ -23,11 +24,12 @@ from pyarrow import fs
 
 from rollout.errors import SinkError
 from rollout.trajectory import faults
+from rollout.trajectory.uris import child_of, is_uri, store_cause, with_patience, without_secrets
 
 __all__ = ["Location", "Storage", "fsync_folder", "sink_error"]
 
-Location: TypeAlias = "str | os.PathLike[str]"
-"""A local path, or a URI such as `s3://bucket/runs/x` or `gs://bucket/runs/x`."""
+Location: TypeAlias = "str | os.PathLike[str] | Storage"
+"""A local path, a URI such as `s3://bucket/runs/x` or `gs://bucket/runs/x`, or a folder that is open."""
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -39,12 +41,17 @@ class Storage:
         filesystem: Where it lies.
         root: Its path there.
         local: The same as a local path; None in an object store.
+        location: How a user reaches it: a path or URI, without credentials. Also its text form.
     """
 
-    def __init__(self, filesystem: fs.FileSystem, root: str) -> None:
+    def __init__(self, filesystem: fs.FileSystem, root: str, location: str = "") -> None:
         self.filesystem = filesystem
         self.root = root.rstrip("/")
         self.local: Path | None = Path(root) if isinstance(filesystem, fs.LocalFileSystem) else None
+        self.location = without_secrets(location) or self.root
+
+    def __str__(self) -> str:
+        return self.location
 
     @classmethod
     def of(cls, location: Location, filesystem: fs.FileSystem | None = None) -> Storage:
@@ -53,16 +60,30 @@ class Storage:
         Raises:
             SinkError: The URI names no file system that this machine can reach.
         """
+        if isinstance(location, Storage):
+            return location
         text = os.fspath(location)
         if filesystem is not None:
             return cls(filesystem, text)
-        if "://" not in text:
-            return cls(fs.LocalFileSystem(), str(Path(text).absolute()))
+        if not is_uri(text):
+            return cls(fs.LocalFileSystem(), str(Path(text).absolute()), text)
         try:
-            found, root = fs.FileSystem.from_uri(text)
+            found, root = fs.FileSystem.from_uri(with_patience(text))
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise SinkError.wrap(error, f"cannot open {text}") from error
-        return cls(found, root)
+            shown = without_secrets(text)
+            if (cause := store_cause(error)) is not None:
+                raise SinkError(f"cannot open {shown}: {cause[0]}", retryable=cause[1]) from error
+            raise SinkError(f"cannot open {shown}: {str(error).replace(text, shown)}") from error
+        return cls(found, root, text)
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.root.rsplit("/", 1)[-1] if self.local is None else self.local.resolve().name
+
+    def child(self, name: str) -> Storage:
+        """A folder in this one, which need not be there."""
+        return Storage(self.filesystem, self.path(name), child_of(self.location, name))
 
     def path(self, name: str) -> str:
         """The full path of a file, in its file system."""
@@ -84,7 +105,7 @@ class Storage:
             else:
                 self.filesystem.create_dir(self.path(name), recursive=True)
         except (OSError, pa.ArrowException) as error:
-            raise sink_error(error, f"cannot make the folder {self.path(name)}") from error
+            raise self.failure(error, f"cannot make the folder {self.path(name)}") from error
 
     def put(self, name: str, data: bytes | memoryview, step: str) -> None:
         """Writes a whole file atomically and durably, replacing an earlier one; `step` names fault points.
@@ -101,10 +122,28 @@ class Storage:
                     stream.write(data)
                 faults.point(f"{step}.write.after")
         except (OSError, pa.ArrowException) as error:
-            raise sink_error(error, f"cannot write {self.path(name)}") from error
+            if isinstance(error, FileNotFoundError):
+                self.check_bucket()
+            raise self.failure(error, f"cannot write {self.path(name)}") from error
 
-    def read(self, name: str) -> bytes:
-        """A whole file.
+    def check_bucket(self) -> None:
+        """Tells a folder that is not there from a bucket that is not there, or not open to this user.
+
+        Raises:
+            SinkError: There is no such bucket, or it cannot be looked at.
+        """
+        if self.local is not None:
+            return
+        bucket = self.root.split("/", 1)[0]
+        try:
+            found: Any = self.filesystem.get_file_info(bucket)
+        except (OSError, pa.ArrowException) as error:
+            raise self.failure(error, f"cannot look at {bucket}") from error
+        if found.type == fs.FileType.NotFound:
+            raise SinkError(f"cannot use {self.location}: there is no bucket {bucket}: make it first")
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """A whole file; None if there is none.
 
         Raises:
             SinkError: It cannot be read.
@@ -112,8 +151,21 @@ class Storage:
         try:
             with self.filesystem.open_input_stream(self.path(name)) as stream:
                 return stream.read()
+        except FileNotFoundError:
+            return None
         except (OSError, pa.ArrowException) as error:
-            raise sink_error(error, f"cannot read {self.path(name)}") from error
+            raise self.failure(error, f"cannot read {self.path(name)}") from error
+
+    def read(self, name: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            SinkError: It cannot be read.
+        """
+        data = self.read_if_there(name)
+        if data is None:
+            raise SinkError(f"cannot read {self.path(name)}: {os.strerror(errno.ENOENT)}")
+        return data
 
     def files(self, folder: str) -> dict[str, int]:
         """Name and size of each file in a folder, sorted by name; none if there is no such folder.
@@ -125,8 +177,23 @@ class Storage:
         try:
             found: list[Any] = sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
         except (OSError, pa.ArrowException) as error:
-            raise sink_error(error, f"cannot list {self.path(folder)}") from error
+            raise self.failure(error, f"cannot list {self.path(folder)}") from error
         return {f"{folder}/{info.base_name}": info.size for info in found if info.is_file}
+
+    def names(self) -> frozenset[str]:
+        """Names of the files and folders in this one; none if it is not there.
+
+        Raises:
+            SinkError: It cannot be listed.
+        """
+        # Arrow's listing of GCS leaves folders out, as long as only the names of objects imply them.
+        is_deep = self.filesystem.type_name == "gcs"
+        selector = fs.FileSelector(self.root or "/", allow_not_found=True, recursive=is_deep)
+        try:
+            found: list[Any] = self.filesystem.get_file_info(selector)
+        except (OSError, pa.ArrowException) as error:
+            raise self.failure(error, f"cannot list {self.location}") from error
+        return frozenset(info.path[len(self.root) + 1 :].split("/", 1)[0] for info in found)
 
     def size(self, name: str) -> int | None:
         """Size of a file in bytes; None if there is none.
@@ -137,7 +204,7 @@ class Storage:
         try:
             found: Any = self.filesystem.get_file_info(self.path(name))
         except (OSError, pa.ArrowException) as error:
-            raise sink_error(error, f"cannot look at {self.path(name)}") from error
+            raise self.failure(error, f"cannot look at {self.path(name)}") from error
         return found.size if found.is_file else None
 
     def delete(self, name: str) -> None:
@@ -154,7 +221,26 @@ class Storage:
         except FileNotFoundError:
             return
         except (OSError, pa.ArrowException) as error:
-            raise sink_error(error, f"cannot delete {self.path(name)}") from error
+            raise self.failure(error, f"cannot delete {self.path(name)}") from error
+
+    def delete_all(self) -> None:
+        """Deletes the folder with everything in it, if it is there.
+
+        Raises:
+            SinkError: Something of it cannot be deleted.
+        """
+        try:
+            self.filesystem.delete_dir(self.root)
+        except FileNotFoundError:
+            return
+        except (OSError, pa.ArrowException) as error:
+            raise self.failure(error, f"cannot delete {self.location}") from error
+
+    def failure(self, error: Exception, what: str) -> SinkError:
+        """The error that a failed operation on this folder ends in; it says what to do, if that is known."""
+        if self.local is None and (cause := store_cause(error)) is not None:
+            return SinkError(f"{what}: {cause[0]}", retryable=cause[1])
+        return sink_error(error, what)
 
 
 def _put_local(path: Path, data: bytes | memoryview, step: str) -> None:

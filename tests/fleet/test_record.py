@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rollout.config import RunConfig
-from rollout.errors import ConfigError, SinkError
+from rollout.errors import SinkError
 from rollout.fleet.record import RunRecord, make_run_folder, make_run_id
 from rollout.sandbox.base import PhaseTimings
 
@@ -20,15 +20,10 @@ def test_an_id_sorts_by_time_and_is_a_folder_name() -> None:
 
 def test_a_run_never_takes_a_folder_that_is_there(tmp_path: Path) -> None:
     folder = make_run_folder(str(tmp_path / "deep" / "runs"), "id")
-    assert list(folder.iterdir()) == []
+    assert folder.local is not None
+    assert list(folder.local.iterdir()) == []
     with pytest.raises(SinkError, match=r"cannot write to the output folder .*File exists"):
         make_run_folder(str(tmp_path / "deep" / "runs"), "id")
-
-
-def test_an_object_store_is_no_output_folder() -> None:
-    with pytest.raises(ConfigError, match="output is a local folder, not s3://bucket/runs: copy "):
-        make_run_folder("s3://bucket/runs", "id")
-    assert not Path("s3:").exists()
 
 
 def test_run_json_is_replaced_as_a_whole_and_keeps_what_was_said(tmp_path: Path) -> None:
@@ -62,9 +57,9 @@ def test_timings_and_metrics_are_what_a_report_reads(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_a_sink_error(tmp_path: Path) -> None:
     record = RunRecord.begin(tmp_path / "gone", "id", RunConfig(), started_at=0.0)
-    with pytest.raises(SinkError, match=r"cannot write run\.json"):
+    with pytest.raises(SinkError, match=r"cannot write .*run\.json"):
         record.update(status="running")
     with pytest.raises(SinkError, match=r"cannot write metrics\.jsonl"):
         record.add_metric({"t_s": 1.0})
-    with pytest.raises(SinkError, match=r"cannot write timings\.json"):
+    with pytest.raises(SinkError, match=r"cannot write .*timings\.json"):
         record.write_timings(PhaseTimings())

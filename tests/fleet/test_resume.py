@@ -19,8 +19,9 @@ from gymnasium.spaces import Discrete
 
 from rollout.cli import main
 from rollout.config import RunConfig, check_config
+from rollout.fleet.ownership import hold_lock
 from rollout.fleet.progress import Progress
-from rollout.fleet.record import RunRecord, drive_alone
+from rollout.fleet.record import RunRecord
 from rollout.fleet.resume import check_engine, count_committed
 from rollout.runner import play_locally
 from rollout.sandbox.base import PhaseTimings
@@ -193,11 +194,11 @@ def change(folder: Path, what: Callable[[dict[str, Any]], None]) -> None:
 
 
 def test_a_run_that_is_being_played_is_refused(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with drive_alone(killed):
+    with hold_lock(killed / "driver.lock", "this run"):
         line = refuse(capsys, "--resume", killed)
     assert line.startswith("rollout: config error: the run in ")
     assert f"is being played by process {os.getpid()} on " in line
-    with drive_alone(killed):
+    with hold_lock(killed / "driver.lock", "this run"):
         pass
     assert not (killed / "driver.lock").exists()
 
@@ -205,7 +206,8 @@ def test_a_run_that_is_being_played_is_refused(killed: Path, capsys: pytest.Capt
 def test_the_lock_of_a_dead_driver_is_taken_over(killed: Path) -> None:
     lock = killed / "driver.lock"
     lock.write_text("process 1 on another machine")
-    with drive_alone(killed), lock.open() as file:
+    with hold_lock(lock, "this run") as held, lock.open() as file:
+        assert held.left == ""
         assert file.read() == f"process {os.getpid()} on {os.uname().nodename}"
         with pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

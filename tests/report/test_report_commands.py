@@ -75,6 +75,9 @@ def test_show_a_run_as_json(cli: Cli, runs: Path) -> None:
     assert shown["timings"]["restore"] == {"seconds": 21.3, "calls": 840}
     assert [episode["number"] for episode in shown["listed"]] == [1, 2, 3]
     assert len(cli.json("show", "first", "--limit", "0")["listed"]) == 8
+    by_uri = cli.json("show", (runs / "first").as_uri(), "--limit", "3")
+    assert by_uri.pop("folder") == (runs / "first").as_uri()
+    assert by_uri.items() <= shown.items()
 
 
 def test_show_an_episode_by_number_and_by_id(cli: Cli, runs: Path) -> None:

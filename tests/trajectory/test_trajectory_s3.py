@@ -1,31 +1,23 @@
-"""A run in an object store: a real S3 server on loopback, reached by its URI.
-
-What reaches for it runs in processes of its own: Arrow's S3 client keeps threads and descriptors for as long
-as its process lives.
-"""
+"""The sink and the reader in an object store: a real S3 server on loopback, reached by its URI."""
 
 from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
+from object_stores import DEADLINE_S, S3Bucket
 from trajectory_factory import episode_id, length_of, make_trajectory
 
 from rollout.errors import SinkError
 from rollout.trajectory import TrajectorySink, scan
 
 OpenSink = Callable[..., TrajectorySink]
-DEADLINE_S = 60.0
 NUMBERS = range(6)
 
 PRELUDE = """
@@ -42,9 +34,9 @@ from trajectory_factory import *
 uri, bucket, server = sys.argv[1:4]
 trajectories = [make_trajectory(number) for number in range(6)]
 
-def open_sink(where=uri):
+def open_sink(where=uri, log_folder="logs"):
     return TrajectorySink(where, run_id=RUN_ID, observation_space=OBSERVATION_SPACE,
-                          action_space=ACTION_SPACE, config=SinkConfig(log_folder="logs"))
+                          action_space=ACTION_SPACE, config=SinkConfig(log_folder=log_folder))
 
 def make_bucket():
     fs.S3FileSystem(access_key="key", secret_key="secret", endpoint_override=server, region="us-east-1",
@@ -52,43 +44,13 @@ def make_bucket():
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an S3 server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("s3") / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            stdout=file,
-            stderr=file,
-        )
-    try:
-        deadline = time.monotonic() + DEADLINE_S
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
-
-
 class Store:
     """Runs programs that know the URI of a run in a bucket of its own."""
 
     def __init__(self, server: str, folder: Path) -> None:
-        self.bucket = f"bucket-{uuid.uuid4().hex}"
-        endpoint = quote(server, safe="")
-        uri = f"s3://key:secret@{self.bucket}/runs/x?region=us-east-1&endpoint_override={endpoint}"
-        self._arguments = [uri, self.bucket, server]
+        bucket = S3Bucket(server)
+        self.bucket = bucket.name
+        self._arguments = [bucket.uri("runs/x"), bucket.name, server]
         self._folder = folder
 
     def run(self, code: str, returncode: int = 0) -> Any:
@@ -107,8 +69,8 @@ class Store:
 
 
 @pytest.fixture
-def store(server: str, tmp_path: Path) -> Store:
-    return Store(server, tmp_path)
+def store(s3_server: str, tmp_path: Path) -> Store:
+    return Store(s3_server, tmp_path)
 
 
 def test_a_run_in_s3_is_written_read_and_exported(store: Store, tmp_path: Path) -> None:
@@ -161,6 +123,21 @@ with open_sink() as sink:
 print(json.dumps([before, recovered, scan(uri, "episodes").count_rows()]))
 """)
     assert found == [0, 2, 2]
+
+
+def test_a_log_that_stays_on_a_dead_machine_adds_nothing_later(store: Store, tmp_path: Path) -> None:
+    code = "make_bucket(); sink = open_sink(); sink.write_many(trajectories[:2]); os.kill(os.getpid(), 9)"
+    store.run(code, returncode=-signal.SIGKILL)
+    found = store.run("""
+with open_sink(log_folder="of another machine") as sink:
+    missing = [len(sink.episode_ids), sink.write_many(trajectories)]
+with open_sink() as sink:
+    late = [sink.stats.num_recovered, sink.stats.num_duplicates]
+episodes = scan(uri, "episodes")
+print(json.dumps([missing, late, episodes.count_rows(), len(episodes.files())]))
+""")
+    assert found == [[0, 6], [0, 2], 6, 1]
+    assert not list((tmp_path / "logs").rglob("*.wal"))
 
 
 def test_a_bucket_that_is_not_there_is_an_error(store: Store) -> None:
