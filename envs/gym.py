@@ -18,6 +18,7 @@ from rollout import spaces
 from rollout.env import Task
 from rollout.errors import ConfigError, EnvError, GuestError
 from rollout.sandbox.base import Sandbox
+from rollout.sandbox.wire import shown
 from rollout.types import PlayoutRequest, PlayoutResult, Step, Value
 
 __all__ = ["GymEnv"]
@@ -190,7 +191,7 @@ class GymEnv:
             } if 0 <= num_steps <= request.horizon:
                 return PlayoutResult(value, num_steps, terminated, truncated)
             case _:
-                raise GuestError(f"the guest answered a playout with garbage: {str(answer)[:120]}")
+                raise GuestError(f"the guest answered a playout with garbage: {shown(answer)}")
 
     def _known_spaces(self) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
         if self._spaces is None:
@@ -213,7 +214,7 @@ def _step(answer: Value) -> Step:
                 return Step(observation, reward, terminated, truncated, cast("Any", info), state_hash)
         case _:
             pass
-    raise GuestError(f"the guest answered a step with garbage: {str(answer)[:120]}")
+    raise GuestError(f"the guest answered a step with garbage: {shown(answer)}")
 
 
 def _check_arguments(

@@ -40,17 +40,27 @@ def sandbox(
     live: Annotated[
         int, typer.Option(min=0, help="Sandboxes alive at once, 1,000 for instance; 0 leaves it out.")
     ] = 0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Section to measure (`cycles`, `live-at-once`, ...); may be given more than once."),
+    ] = None,
     json_file: JsonFile = None,
     markdown: MarkdownFile = None,
 ) -> None:
     """Clones, checkpoints and whole branches on each engine."""
     from rollout.commands.bench_engine import ENGINE_KINDS, EngineKind
-    from rollout.commands.bench_sandbox import rows
+    from rollout.commands.bench_sandbox import rows, section_names
 
     kinds: list[EngineKind] = [kind for kind in ENGINE_KINDS if not engine or kind in engine]
     if unknown := sorted(set(engine or ()) - set(ENGINE_KINDS)):
         raise ConfigError(f"there is no engine {unknown[0]!r}: there are {', '.join(ENGINE_KINDS)}")
-    _run("sandbox", rows(kinds, samples=samples, cycles=cycles, live=live), json_file, markdown)
+    names = section_names(kinds)
+    if unknown := sorted(set(only or ()) - set(names)):
+        raise ConfigError(f"no engine here has a section {unknown[0]!r}: there are {', '.join(names)}")
+    if "live-at-once" in (only or ()) and not live:
+        raise ConfigError("live-at-once needs to know how many: --live 1000")
+    measured = rows(kinds, samples=samples, cycles=cycles, live=live, only=only or ())
+    _run("sandbox", measured, json_file, markdown)
 
 
 @app.command()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from rollout.commands.bench_engine import STAY, Bench
+from rollout.commands.bench_gvisor import GvisorFigures
 from rollout.commands.bench_rival import private_mib
 from rollout.commands.bench_row import BenchRow, Rival, at_most
 from rollout.sandbox.base import Sandbox
@@ -19,6 +22,8 @@ from rollout.sandbox.microvm.engine import MicroVMEngine
 
 __all__ = ["clones_at_once", "cycles", "idle_cpu", "idle_memory", "live_at_once"]
 
+_WARM_UP_CYCLES = 200
+"""Before cycles are counted: so many until caches are full and every thread has been needed once."""
 _STEPS_AT_ONCE = 32
 """Of a crowd: more than the machine has cores for, and fewer than would all have to be awake."""
 
@@ -49,10 +54,15 @@ async def idle_memory(bench: Bench, clones: int = 8) -> AsyncIterator[BenchRow]:
     if not found:
         yield BenchRow.absent(name, unit, "the clones have no processes of their own", subject=bench.kind)
         return
-    rival = Rival("idle child of a bare os.fork", bench.rivals.bare.private_mib)
-    target = at_most(17) if bench.kind == "microvm" else None
+    rivals = [Rival("idle child of a bare os.fork", bench.rivals.bare.private_mib)]
+    target = None
+    if bench.kind == "microvm":
+        target = at_most(17)
+        gvisor = await asyncio.to_thread(bench.rivals.gvisor.figures)
+        if isinstance(gvisor, GvisorFigures):
+            rivals.append(Rival.of("gVisor, restored and idle", gvisor.private_mib))
     note = f"{clones} clones at once"
-    yield BenchRow.of(name, found, unit, subject=bench.kind, target=target, rivals=[rival], note=note)
+    yield BenchRow.of(name, found, unit, subject=bench.kind, target=target, rivals=rivals, note=note)
 
 
 async def idle_cpu(bench: Bench, idle_s: float = 2.0) -> AsyncIterator[BenchRow]:
@@ -132,25 +142,48 @@ async def live_at_once(bench: Bench) -> AsyncIterator[BenchRow]:
 
 async def cycles(bench: Bench) -> AsyncIterator[BenchRow]:
     """Clones made and ended one after the other: what is left behind, and whether it gets slower."""
-    await _cycle(bench)  # whatever is made once is there before the count
+    for _ in range(min(_WARM_UP_CYCLES, bench.cycles)):
+        await _cycle(bench)  # whatever is made once is there before the count
     await _drain(bench)
-    before = _descendants(), _num_descriptors(), psutil.Process().memory_info().rss
+    before = _holdings(bench)
     times_ms = [await _cycle(bench) for _ in range(bench.cycles)]
     await _drain(bench)
     await asyncio.sleep(0.5)  # a killed process is not gone at once
-    left = len(_descendants()) - len(before[0]), _num_descriptors() - before[1]
-    grown_mib = (psutil.Process().memory_info().rss - before[2]) / (1 << 20)
+    after = _holdings(bench)
+    left = {name: max(0.0, after[name] - before[name]) for name in after}
     yield BenchRow.of("create and destroy a clone", times_ms, "ms", subject=bench.kind)
     count = f"after {bench.cycles} cycles"
     tenth = max(1, bench.cycles // 10)
     slowing = statistics.median(times_ms[-tenth:]) / statistics.median(times_ms[:tenth])
     for name, unit, value, target in (
-        (f"processes left {count}", "", float(left[0]), at_most(0)),
-        (f"descriptors left {count}", "", float(left[1]), at_most(0)),
-        (f"memory grown {count}", "MiB", grown_mib, None),
+        (f"processes left {count}", "", left["processes"], at_most(0)),
+        (f"descriptors left {count}", "", left["descriptors"], at_most(0)),
+        (f"files left {count}", "", left["files"], at_most(0)),
+        (f"memory grown {count}", "MiB", left["memory"], at_most(1)),
         (f"last tenth against first {count}", "x", slowing, at_most(1.15)),
     ):
         yield BenchRow(name, unit, value, None, 1, bench.kind, target)
+
+
+def _holdings(bench: Bench) -> dict[str, float]:
+    """What this process and those below it hold; memory in MiB, without the pages of programs.
+
+    Files are those of the engine's folder, and what is called `rollout…` in the machine's temporary folders,
+    which another run that begins or ends meanwhile changes, too.
+    """
+    processes = _descendants()
+    memory_mib = 0.0
+    for pid in (os.getpid(), *processes):
+        with contextlib.suppress(OSError):  # it ended while we were looking
+            memory_mib += private_mib(pid)
+    temporary = {Path(tempfile.gettempdir()), Path("/dev/shm")}
+    ours = [path for folder in temporary if folder.is_dir() for path in folder.glob("rollout*")]
+    return {
+        "processes": float(len(processes)),
+        "descriptors": float(_num_descriptors()),
+        "files": float(len([*ours, *bench.scratch.rglob("*")])),
+        "memory": memory_mib,
+    }
 
 
 async def _drain(bench: Bench) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from rollout.commands.bench_gvisor import GvisorRival
 from rollout.commands.bench_rival import BareFigures
 from rollout.commands.bench_row import BenchRow
 from rollout.env import Env
@@ -26,6 +28,7 @@ class Rivals:
 
     bare: BareFigures
     start_ms: Sequence[float]
+    gvisor: GvisorRival
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Bench:
         rivals: What to stand beside.
         boot_ms: How long the cold boot took, environment made, reset and saved.
         image: What is booted.
+        scratch: The engine's folder for files.
     """
 
     kind: EngineKind
@@ -54,7 +58,8 @@ class Bench:
     live: int
     rivals: Rivals
     boot_ms: float
-    image: str = "default"
+    image: str
+    scratch: Path
 
     async def clone(self, checkpoint: Checkpoint | None = None) -> Sandbox:
         """One clone, of the root unless told otherwise."""

@@ -1,4 +1,4 @@
-"""Sections of the sandbox benchmark that only machines have: VMMs that wait, pauses, a guest under KVM."""
+"""Sections of the sandbox benchmark that only machines have: VMMs that wait, pauses, rivals, tiny guests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from rollout.commands.bench_engine import STAY, Bench
+from rollout.commands.bench_gvisor import GvisorFigures
 from rollout.commands.bench_rival import private_mib
 from rollout.commands.bench_row import BenchRow, Rival, Target, at_most
 from rollout.commands.bench_stock import measure_stock
@@ -19,7 +20,7 @@ from rollout.sandbox.microvm.snapshot import Snapshot
 from rollout.sandbox.microvm.tiny_guest import TinyGuests, ask
 from rollout.sandbox.microvm.vmm import Vmm
 
-__all__ = ["machine_clones", "machine_pauses", "tiny_guests"]
+__all__ = ["gvisor", "machine_clones", "machine_pauses", "tiny_guests"]
 
 _NUM_CLONES = 100
 _FILL_DEADLINE_S = 10.0
@@ -82,7 +83,7 @@ async def _filled(engine: MicroVMEngine) -> None:
 
 
 async def machine_pauses(bench: Bench) -> AsyncIterator[BenchRow]:
-    """How long a guest stands still for a checkpoint, numpy and gymnasium imported, beside stock QEMU."""
+    """How long a guest stands still for a checkpoint, numpy and gymnasium imported, beside what others do."""
     name = "checkpoint, pause of a guest without an episode"
     pause_ms: list[float] = []
     async with await bench.engine.boot(bench.image) as sandbox:
@@ -98,7 +99,26 @@ async def machine_pauses(bench: Bench) -> AsyncIterator[BenchRow]:
         note = f"stock QEMU restores it in {stock.restore_ms:.0f} ms, from {stock.file_mib:.0f} MiB"
     except (RolloutError, OSError) as error:
         rivals, note = [], f"stock QEMU was not measured: {error}"
+    gvisor = await asyncio.to_thread(bench.rivals.gvisor.figures)
+    if isinstance(gvisor, GvisorFigures):
+        rivals.append(Rival.of("gVisor, checkpoint", gvisor.checkpoint_ms))
     yield BenchRow.of(name, pause_ms, "ms", subject=bench.kind, target=at_most(2.5), rivals=rivals, note=note)
+
+
+async def gvisor(bench: Bench) -> AsyncIterator[BenchRow]:
+    """Figures of gVisor's own, where it is installed: its checkpoint, restore and memory."""
+    figures = await asyncio.to_thread(bench.rivals.gvisor.figures)
+    if isinstance(figures, str):
+        yield BenchRow.absent("all figures", "", figures, subject="gVisor")
+        return
+    note = figures.note
+    saved = f"{note}; {figures.file_mib:.1f} MiB saved"
+    for name, values, unit, what in (
+        ("checkpoint", figures.checkpoint_ms, "ms", saved),
+        ("restore, until it runs", figures.restore_ms, "ms", note),
+        ("private memory of an idle restored sandbox", figures.private_mib, "MiB", note),
+    ):
+        yield BenchRow.of(name, values, unit, subject="gVisor", note=what)
 
 
 async def tiny_guests(bench: Bench) -> AsyncIterator[BenchRow]:

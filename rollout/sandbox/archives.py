@@ -5,7 +5,8 @@ What `unpack` guarantees, whatever the archive holds:
 - Nothing is made, changed or removed outside the target; the target appears whole, or not at all.
 - No name leads out of it, and no link in it does when it is followed. Links are made last, so that nothing is
   ever written through one.
-- Sizes, numbers of entries and memory stay within bounds; only folders, regular files and links come out.
+- Sizes, depth and memory stay within bounds, and so does the number of what comes out, folders that are only
+  named on the way to something included; only folders, regular files and links come out.
 
 Permission bits are kept, the bits for set-user-id and the like are not; owners are who unpacks.
 """
@@ -31,6 +32,7 @@ MAX_ENTRIES: Final = 100_000
 """Most entries of an archive, unless told otherwise."""
 
 _MAX_NAME_BYTES = 2048  # paths stay far below the system's limit, beyond which links are not resolved
+_MAX_DEPTH = 256  # what removes or lists a tree does so by recursion
 _MAX_READ_BYTES = 1 << 20
 _COPY_BYTES = 256 << 10
 _CONTENT = "content"
@@ -95,7 +97,17 @@ def unpack(
             raise GuestError(f"the archive is damaged: {type(error).__name__}: {error}") from error
         _publish(stage / _CONTENT, target, unpacking.mode)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        _discard(stage)
+
+
+def _discard(stage: Path) -> None:
+    """Removes what was unpacked, folders that nobody may write to included."""
+    for parent, names, _ in os.walk(stage):
+        for name in names:
+            folder = Path(parent, name)
+            if not folder.is_symlink():
+                folder.chmod(0o700)
+    shutil.rmtree(stage, ignore_errors=True)
 
 
 def _publish(content: Path, target: Path, mode: int) -> None:
@@ -165,40 +177,57 @@ class _Unpacking:
 
     def _take_entry(self, tar: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
         parts = self._parts(entry.name)
-        self._entries_left -= 1
-        self._bytes_left -= max(0, entry.size)
-        if self._entries_left < 0 or self._bytes_left < 0:
-            raise GuestError(
-                f"the archive holds more than {self._max_entries} entries or {self._max_bytes} bytes"
-            )
+        self._spend(max(0, entry.size))
         place, mode = self._top.joinpath(*parts), entry.mode & 0o777
+        self._make_way_to(place)
         if entry.isdir():
-            place.mkdir(parents=True, exist_ok=True)
+            place.mkdir(exist_ok=True)
             if parts:
                 self._folder_modes.append((place, mode))
-        else:
-            place.parent.mkdir(parents=True, exist_ok=True)
-        if entry.isreg():
+        elif entry.isreg():
             self._write_file(tar, entry, place, mode)
         elif entry.issym() and parts:
             self._links.append((place, entry.linkname))
         elif entry.islnk():
             os.link(self._top.joinpath(*self._parts(entry.linkname)), place, follow_symlinks=False)
-        elif not entry.isdir():
+        else:
             raise GuestError(f"{entry.name!r} is neither a folder nor a file nor a link inside a folder")
         if not parts:
             self.mode = mode
+
+    def _spend(self, num_bytes: int) -> None:
+        self._entries_left -= 1
+        self._bytes_left -= num_bytes
+        if self._entries_left < 0 or self._bytes_left < 0:
+            raise GuestError(
+                f"the archive holds more than {self._max_entries} entries or {self._max_bytes} bytes"
+            )
+
+    def _make_way_to(self, place: Path) -> None:
+        """Makes the folders that an archive need not name; each counts as an entry."""
+        missing: list[Path] = []
+        folder = place.parent
+        while folder.is_relative_to(self._top) and not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for folder in reversed(missing):
+            self._spend(0)
+            folder.mkdir()
 
     def _parts(self, name: str) -> tuple[str, ...]:
         """The path of an entry below the top.
 
         Raises:
-            GuestError: It leads out.
+            GuestError: It leads out, or too deep.
         """
         parts = tuple(part for part in name.split("/") if part not in ("", "."))
         is_inside = not name.startswith("/") and ".." not in parts
         if len(os.fsencode(name)) > _MAX_NAME_BYTES or not is_inside or not self._is_below_top(parts):
             raise GuestError(f"the archive names {name[:200]!r}, which is not inside what was asked for")
+        if len(parts) > _MAX_DEPTH:
+            raise GuestError(
+                f"the archive names {name[:200]!r}, which is more than {_MAX_DEPTH} folders deep"
+            )
         return parts[len(self._prefix) :]
 
     def _is_below_top(self, parts: tuple[str, ...]) -> bool:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Self, cast
 
 from rollout.errors import EnvError, GuestError
-from rollout.sandbox.wire import MAX_FRAME_BYTES, FrameDecoder, frame
+from rollout.sandbox.wire import MAX_FRAME_BYTES, FrameDecoder, frame, shown
 from rollout.types import ExecResult, Randomness, Value
 
 __all__ = ["GuestClient", "exec_result"]
@@ -151,7 +151,7 @@ class GuestClient(asyncio.Protocol):
                     return cast("Mapping[str, Value]", reply)
             case _:
                 pass
-        raise self.fail(GuestError(f"the guest did not confirm generation {generation}: {_short(reply)}"))
+        raise self.fail(GuestError(f"the guest did not confirm generation {generation}: {shown(reply)}"))
 
     async def exec(
         self,
@@ -179,7 +179,7 @@ class GuestClient(asyncio.Protocol):
         reply = await self.call("exec", args, timeout_s=timeout_s + _EXEC_GRACE_S)
         result = exec_result(reply, max_output_bytes)
         if result is None:
-            raise self.fail(GuestError(f"the guest answered exec with garbage: {_short(reply)}"))
+            raise self.fail(GuestError(f"the guest answered exec with garbage: {shown(reply)}"))
         return result
 
     async def read_file(
@@ -198,7 +198,7 @@ class GuestClient(asyncio.Protocol):
                 case {"data": bytes(data), "eof": bool(eof)} if eof or data:
                     content += data
                 case _:
-                    raise self.fail(GuestError(f"the guest answered read_file with garbage: {_short(reply)}"))
+                    raise self.fail(GuestError(f"the guest answered read_file with garbage: {shown(reply)}"))
             if len(content) > max_bytes:
                 raise GuestError(f"cannot read {path!r}: it is longer than {max_bytes} bytes")
             if eof:
@@ -308,7 +308,7 @@ class GuestClient(asyncio.Protocol):
             case {"id": None, "error": {"message": str(text)}}:
                 raise GuestError(f"it could not read a request: {_one_line(text)}")
             case _:
-                raise GuestError(f"a message that is none: {_short(message)}")
+                raise GuestError(f"a message that is none: {shown(message)}")
 
     def _settle(self, call_id: int, result: Value | EnvError | GuestError) -> None:
         self._expect(call_id)
@@ -352,8 +352,3 @@ def _again(error: GuestError) -> GuestError:
 def _one_line(text: str) -> str:
     line = " ".join(text[:_MAX_MESSAGE_CHARS].split())
     return "".join(char if char.isprintable() else "?" for char in line)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from rollout.errors import GuestError, RolloutError
 from rollout.sandbox.client import GuestClient, exec_result
@@ -299,8 +299,10 @@ async def _list_commands(client: GuestClient, timeout_s: float) -> list[tuple[in
     found: list[tuple[int, int, list[str], bool]] = []
     for line in reply if isinstance(reply, list) else [reply]:
         match line:
-            case {"command": int(number), "argv": list(argv), "pid": int(pid), "running": bool(running)}:
-                found.append((number, pid, [str(part) for part in argv], running))
+            case {"command": int(number), "argv": list(argv), "pid": int(pid), "running": bool(running)} if (
+                all(isinstance(part, str) for part in argv)
+            ):
+                found.append((number, pid, cast("list[str]", argv), running))
             case _:
                 raise client.fail(GuestError("the guest answered commands with garbage"))
     return found

@@ -4,8 +4,9 @@ Invariants:
 
 - What `unpack` returns is a `Value` and nothing else; what it refuses is a `GuestError`.
 - The peer is not trusted. A frame longer than the limit is skipped while it arrives and never held; a frame
-  whose decoded form would be far larger than its bytes (a million empty maps) is refused; an array's bytes
-  must match its type and shape, and object arrays do not exist.
+  whose decoded form would be far larger than its bytes (a million empty maps) is refused, and so is one that
+  is nested too deep for whoever walks through it; an array's bytes must match its type and shape, and object
+  arrays do not exist.
 - numpy is imported only when an array arrives, and touched when packing only if the program has it already:
   a guest without numpy can use the channel.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 import struct
 import sys
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -29,12 +31,14 @@ from rollout.types import Value
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["MAX_FRAME_BYTES", "FrameDecoder", "frame", "pack", "unpack"]
+__all__ = ["MAX_FRAME_BYTES", "FrameDecoder", "frame", "pack", "shown", "unpack"]
 
 MAX_FRAME_BYTES: Final = 64 << 20
 """Longest payload of one frame, in bytes."""
 MAX_ITEMS: Final = 1 << 20
 """Most elements of all lists and maps of one frame together; larger data belongs in arrays or bytes."""
+MAX_DEPTH: Final = 128
+"""Most lists and maps inside one another: code that walks through a value by recursion gets this far."""
 
 _TRUSTED_SIZE_BYTES = 64 << 10  # a frame this short cannot become larger than a few MiB: no need to count
 _LENGTH = struct.Struct(">I")
@@ -43,6 +47,7 @@ _EXT_SCALAR = 2
 _DTYPE = re.compile(r"[<>|][biufcSUMm][1-9][0-9]{0,8}(\[[0-9]{0,9}[A-Za-z]{1,2}\])?")
 _MAX_DIMENSIONS = 32
 _MAX_EMPTY_LISTS = 1 << 20
+_MAX_SHOWN_CHARS = 120
 
 
 def pack(value: Value) -> bytes:
@@ -50,12 +55,15 @@ def pack(value: Value) -> bytes:
 
     Raises:
         GuestError: It holds something that is no `Value`, an integer beyond 64 bits, or text that is not
-            valid Unicode.
+            valid Unicode; or it is nested too deep.
     """
     try:
-        return cast("bytes", msgpack.packb(value, default=_pack_numpy))
+        data = cast("bytes", msgpack.packb(value, default=_pack_numpy))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise GuestError(f"a value cannot be sent over the guest channel: {error}") from error
+    if flaw := _flaw(value):
+        raise GuestError(f"a value cannot be sent over the guest channel: {flaw}")
+    return data
 
 
 def unpack(data: bytes | bytearray | memoryview) -> Value:
@@ -74,13 +82,22 @@ def unpack(data: bytes | bytearray | memoryview) -> Value:
             "max_map_len": MAX_ITEMS,
         }
     try:
-        return cast("Value", msgpack.unpackb(data, ext_hook=_unpack_numpy, timestamp=1, **limits))
+        value = cast("Value", msgpack.unpackb(data, ext_hook=_unpack_numpy, timestamp=1, **limits))
     except GuestError:
         raise
     # msgpack raises plain ValueErrors, its own StackError and ExtraData (ValueErrors too), and
     # RecursionError; OverflowError comes from timestamps.
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         raise GuestError(f"malformed value on the guest channel: {type(error).__name__}: {error}") from error
+    if flaw := _flaw(value):
+        raise GuestError(f"malformed value on the guest channel: {flaw}")
+    return value
+
+
+def shown(value: object) -> str:
+    """A value of the peer's in few characters, for a message; takes little memory, whatever the value."""
+    text = _SHOWN.repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[: _MAX_SHOWN_CHARS - 3] + "..."
 
 
 def frame(value: Value, max_frame_bytes: int = MAX_FRAME_BYTES) -> bytes:
@@ -157,6 +174,41 @@ class FrameDecoder:
         while (popped := self.pop()) is not None:
             values.append(popped[0])
         return values
+
+
+def _flaw(value: object) -> str | None:
+    """What msgpack lets through that is no `Value`, or that recursion would not get through."""
+    level: list[Any] = [value] if isinstance(value, list | tuple | dict) else []
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return None
+        inner: list[Any] = []
+        for outer in level:
+            is_map = isinstance(outer, dict)
+            if is_map and not all(isinstance(key, str) for key in outer):
+                return "a map has a key that is not text"
+            items = outer.values() if is_map else outer
+            inner += [each for each in items if isinstance(each, list | tuple | dict) and each]
+        level = inner
+    return f"its lists and maps are more than {MAX_DEPTH} deep" if level else None
+
+
+class _Shown(reprlib.Repr):
+    """As `reprlib`, which cuts lists, maps and text before it makes text of them; and so for all values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = _MAX_SHOWN_CHARS
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x[:_MAX_SHOWN_CHARS])
+
+    def repr_instance(self, x: object, level: int) -> str:
+        is_short = x is None or isinstance(x, bool | float)
+        return repr(x) if is_short else f"<{type(x).__name__}>"
+
+
+_SHOWN = _Shown()
 
 
 class _ItemBudget:

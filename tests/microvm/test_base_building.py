@@ -1,16 +1,22 @@
-"""Bases when several ask at once, and when they cannot be kept."""
+"""Bases when several ask at once, when they cannot be kept, and when another machine made them."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import zstandard
 
 from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError
@@ -111,3 +117,58 @@ def test_a_full_disk_leaves_no_base(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
         os.close(fd)
+
+
+def imported(store: BaseStore, numbers: bytes, state: bytes = b"") -> tuple[str, str]:
+    """A base of another machine, with a page of zeros for each of two numbers."""
+    compress = zstandard.ZstdCompressor().compress
+    contents = {
+        "pages.zst": compress(bytes(2 * 4096)),
+        "numbers.npy": numbers,
+        "state.zst": state or compress(b"s"),
+    }
+    folder = store.new_folder()
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    digest = hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()[:32]
+    store.adopt(folder, "k", digest, sha256)
+    return "k", digest
+
+
+def saved(array: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_a_base_of_another_machine_stays_within_this_ones_memory(tmp_path: Path) -> None:
+    store = BaseStore(tmp_path)
+    good = np.array([3, 5], np.uint32)
+    loaded = store.load_imported(*imported(store, saved(good)), 1 << 20)
+    assert loaded is not None
+    assert os.fstat(loaded.ram_fd).st_size == 1 << 20
+    loaded.close()
+    bomb = zstandard.ZstdCompressor().compress(bytes(80 << 20))
+    for numbers, state in (
+        (saved(np.array([3, 1 << 8], np.uint32)), b""),
+        (saved(np.array([3, (1 << 32) - 1], np.uint32)), b""),
+        (saved(np.array([5, 3], np.uint32)), b""),
+        (saved(np.array([3, 3], np.uint32)), b""),
+        (saved(good.astype(np.int64)), b""),
+        (saved(np.array(3, np.uint32)), b""),
+        (saved(good)[:-1], b""),
+        (saved(good).replace(b"(2,)", b"(((("), b""),
+        (b"", b""),
+        (saved(good), bomb),
+    ):
+        with pytest.raises(BootError, match="is damaged; delete it"):
+            store.load_imported(*imported(store, numbers, state), 1 << 20)
+
+
+def test_a_base_that_is_not_the_one_named_is_not_kept(tmp_path: Path) -> None:
+    store = BaseStore(tmp_path)
+    folder = store.new_folder()
+    with pytest.raises(BootError, match="another base"):
+        store.adopt(folder, "k", "0" * 32, {"pages.zst": "0" * 64})
+    assert list((tmp_path / "bases").iterdir()) == [folder]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import CheckpointError
@@ -27,7 +31,7 @@ from rollout.sandbox.microvm.identity import machine_of, require_same
 from rollout.sandbox.microvm.machine import MachineShape
 from rollout.sandbox.microvm.memory import Pages
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox
-from rollout.sandbox.microvm.snapshot import PageBlock, Snapshot
+from rollout.sandbox.microvm.snapshot import MAX_BLOCKS, PageBlock, Snapshot
 from rollout.sandbox.microvm.transfer import Depot, snapshot_from_parts, snapshot_parts
 from rollout.types import Randomness, RngPolicy
 
@@ -245,7 +249,90 @@ def test_an_index_that_lies_is_refused(depot: Depot, snapshot: Snapshot, change:
         snapshot_from_parts(depot, parts, NUM_PAGES, {})
 
 
-@pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b'{"sha256": "0", "body": "{}"}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_pages": math.inf},
+        {"num_pages": -1},
+        {"own_bytes": math.inf},
+        {"own_bytes": -1},
+        {"blocks": 5},
+        {"blocks": [None]},
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none_are_refused(depot: Depot, snapshot: Snapshot, change: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="damaged"):
+        snapshot_from_parts(depot, {**snapshot_parts(depot, snapshot), **change}, NUM_PAGES, {})
+
+
+def test_more_blocks_than_a_snapshot_may_name_are_refused(depot: Depot, snapshot: Snapshot) -> None:
+    parts = snapshot_parts(depot, snapshot)
+    parts["blocks"] += [parts["blocks"][0]] * MAX_BLOCKS
+    with pytest.raises(CheckpointError, match="more than 16 blocks"):
+        snapshot_from_parts(depot, parts, NUM_PAGES, {})
+
+
+def test_what_would_unpack_to_much_more_is_refused(snapshot: Snapshot, pages: Pages) -> None:
+    bomb = zstandard.ZstdCompressor().compress(bytes(80 << 20))
+    block = dataclasses.replace(snapshot.blocks[0], compressed=bomb)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="said to hold 83886080 bytes"):
+            block.unpack(pages)
+        with pytest.raises(CheckpointError, match="said to hold 83886080 bytes"):
+            dataclasses.replace(snapshot, device_state=bomb).unpack_device_state()
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+class ForeignEngine:
+    """What an import needs of an engine before it looks at pages."""
+
+    async def in_thread(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parent_id": []},
+        {"parent_id": 5},
+        {"image": {"digest": "0" * 300, "files": {}, "recipe": {}}},
+        {"image": {"digest": "../outside", "files": {}, "recipe": {}}},
+        {"image": None},
+    ],
+    ids=str,
+)
+async def test_a_record_that_names_nothing_is_refused(
+    depot: Depot, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROLLOUT_CACHE", str(tmp_path / "cache"))
+    record = {"parent_id": None, "machine": {}, "base": {}, "image": {}, "content": {}}
+    depot.put_record("ckpt-1", {**record, **change})
+    with pytest.raises(CheckpointError, match=r"ckpt-1|damaged"):
+        await import_checkpoint(ForeignEngine(), depot.location, "ckpt-1")  # type: ignore[arg-type]
+
+
+def with_checksum(body: str) -> bytes:
+    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{}",
+        b"[1]",
+        b'{"sha256": "0", "body": "{}"}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        with_checksum("[1]"),
+        with_checksum("[" * 100_000),
+    ],
+    ids=lambda text: text[:30],
+)
 def test_a_record_that_is_none(depot: Depot, text: bytes) -> None:
     depot.put_record("ckpt-1", {"parent_id": None})
     path = Path(depot.location) / "checkpoints" / "ckpt-1.json"

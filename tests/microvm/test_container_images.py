@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rollout.errors import BootError
 from rollout.sandbox.image import layers as layers_module
-from rollout.sandbox.image.layers import path_parts, unpack_layers
+from rollout.sandbox.image.layers import Budget, path_parts, unpack_layers
 from rollout.sandbox.image.oci import ImageSettings, open_oci_image
 
 Entry = tuple[str, str, Any]
@@ -264,6 +264,55 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     image = layout(tmp_path / "image", [layer([("file", "zeros", bytes(2 << 20))])])
     with pytest.raises(BootError, match="larger than"):
         unpacked(image, tmp_path)
+
+
+def unpack_one(tmp_path: Path, content: bytes) -> None:
+    file, root = tmp_path / "layer.tar", tmp_path / "root"
+    file.write_bytes(content)
+    root.mkdir(exist_ok=True)
+    unpack_layers([file], [hashlib.sha256(content).hexdigest()], root)
+
+
+def long_name(size: int, name: bytes = b"") -> bytes:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, size
+    return info.tobuf(tarfile.GNU_FORMAT) + name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (long_name(2 << 20, bytes(2 << 20)), "header of 2097152 bytes"),
+        (long_name(512, b"n" * 512) * 1000, "RecursionError"),
+        (layer([("file", "d/" * 256 + "file", b"x")]), "more than 256 folders deep"),
+        (layer([("link", "a", "d/" * 200), ("file", "a/" + "d/" * 100 + "file", b"x")]), "256 folders deep"),
+    ],
+    ids=["long header", "endless headers", "depth", "depth behind a link"],
+)
+def test_what_would_take_memory_or_recursion_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "root" / ("d/" * 200)).mkdir(parents=True)
+    with pytest.raises(BootError, match=message):
+        unpack_one(tmp_path, content)
+    if message.startswith("Recursion"):
+        (tmp_path / "archive.tar").write_bytes(content)
+        with pytest.raises(BootError, match=message), open_oci_image(tmp_path / "archive.tar", tmp_path):
+            pass
+
+
+def test_folders_on_the_way_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = layer([("file", f"{i}/a/b/c", b"x") for i in range(3)])
+    monkeypatch.setattr(layers_module, "Budget", lambda: Budget(num_entries=12))
+    unpack_one(tmp_path, content)
+    monkeypatch.setattr(layers_module, "Budget", lambda: Budget(num_entries=11))
+    with pytest.raises(BootError, match="larger than"):
+        unpack_one(tmp_path / "root", content)
+
+
+def test_a_negative_size_buys_nothing(tmp_path: Path) -> None:
+    budget = Budget(num_bytes=10)
+    budget.spend(-(1 << 40))
+    with pytest.raises(BootError, match="larger than"):
+        budget.spend(11)
 
 
 @given(st.text(max_size=60))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from rollout.cli import main
-from rollout.commands import bench, bench_forks, bench_sandbox
+from rollout.commands import bench, bench_crowds, bench_forks, bench_sandbox
 from rollout.commands.bench_engine import Bench
 from rollout.commands.bench_machine import describe_machine
 from rollout.commands.bench_rival import measure_bare_fork, measure_start, private_mib
@@ -148,6 +149,7 @@ def check_rows(found: list[BenchRow], kind: str) -> dict[str, BenchRow]:
         assert [rival.name for rival in rate.rivals] == ["bare os.fork, one after the other"]
     assert by_name["processes left after 3 cycles"].value == 0
     assert by_name["descriptors left after 3 cycles"].value == 0
+    assert by_name["files left after 3 cycles"].value == 0
     return by_name
 
 
@@ -193,6 +195,54 @@ def test_a_section_that_fails_is_a_row_and_the_others_go_on(monkeypatch: pytest.
         ("broken section", "ForkError: no room"),
         ("after", ""),
     ]
+
+
+def test_one_section_is_measured_by_itself() -> None:
+    names = [row.name for row in rows(["inline"], samples=2, cycles=3, live=5, only=["cycles"])]
+    assert names == [
+        "create and destroy a clone",
+        "processes left after 3 cycles",
+        "descriptors left after 3 cycles",
+        "files left after 3 cycles",
+        "memory grown after 3 cycles",
+        "last tenth against first after 3 cycles",
+    ]
+    crowd = list(rows(["inline"], samples=2, cycles=3, live=5, only=["live-at-once", "cold-boot"]))
+    assert [row.name.split(",")[0] for row in crowd] == ["cold boot", *["5 live at once"] * 3]
+
+
+def test_what_cycles_leave_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+
+    async def leaky(bench: Bench) -> float:
+        (bench.scratch / f"left-{len(left)}").touch()
+        left.append(os.open("/dev/null", os.O_RDONLY))
+        return 1.0
+
+    monkeypatch.setattr(bench_crowds, "_cycle", leaky)
+    try:
+        by_name = {row.name: row for row in rows(["inline"], samples=2, cycles=3, only=["cycles"])}
+    finally:
+        for descriptor in left:
+            os.close(descriptor)
+    assert by_name["files left after 3 cycles"].value == 3
+    assert by_name["descriptors left after 3 cycles"].value == 3
+    assert by_name["processes left after 3 cycles"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--only", "cicles"], "no engine here has a section 'cicles'"),
+        (["--only", "gvisor", "--engine", "process"], "no engine here has a section 'gvisor'"),
+        (["--only", "live-at-once"], "live-at-once needs to know how many: --live 1000"),
+    ],
+)
+def test_a_section_that_cannot_be_measured_is_named(
+    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_bench("sandbox", *words) == 2
+    assert complaint in capsys.readouterr().err
 
 
 def run_bench(*words: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -170,6 +172,54 @@ def test_bytes_and_entries_are_bounded(tmp_path: Path) -> None:
         with pytest.raises(GuestError, match="more than"):
             archives.unpack(many, "it", tmp_path / "it", **limits)
     assert [path.name for path in tmp_path.iterdir()] == ["fits"]
+
+
+def test_folders_on_the_way_count_and_depth_is_bounded(tmp_path: Path) -> None:
+    implied = [entry(f"it/{i}/a/b/c", b"x") for i in range(3)]
+    archives.unpack(archive_of(*implied), "it", tmp_path / "fits", max_entries=13)
+    with pytest.raises(GuestError, match="more than 12 entries"):
+        archives.unpack(archive_of(*implied), "it", tmp_path / "it", max_entries=12)
+    for depth in (257, 1000):
+        deep = "it" + "/d" * depth
+        with pytest.raises(GuestError, match="more than 256 folders deep"):
+            archives.unpack(archive_of(entry(deep, b"x")), "it", tmp_path / "it")
+    archives.unpack(archive_of(entry("it" + "/d" * 255, b"x")), "it", tmp_path / "deep")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "fits"]
+
+
+UNPRIVILEGED = """
+import pathlib, sys
+from rollout.errors import GuestError
+from rollout.sandbox import archives
+place = pathlib.Path(sys.argv[1])
+try:
+    (place / "no").write_bytes(b"")
+    print("this user may do anything")
+except PermissionError:
+    with (place.parent / "archive").open("rb") as archive:
+        try:
+            archives.unpack(archive, "it", place.parent / "full")
+        except GuestError as error:
+            print(error.message)
+"""
+
+
+def test_folders_that_nobody_may_write_to_leave_nothing_when_the_target_cannot_be_made(
+    tmp_path: Path,
+) -> None:
+    locked, full = tmp_path / "locked", tmp_path / "full"
+    locked.mkdir(mode=0o500)
+    full.mkdir()
+    (full / "mine").write_bytes(b"mine")
+    sealed = archive_of(folder("it"), folder("it/sealed", 0o500), entry("it/sealed/file", b"x"))
+    (tmp_path / "archive").write_bytes(sealed.getvalue())
+    command = [sys.executable, "-c", UNPRIVILEGED, str(locked)]
+    if os.geteuid() == 0:  # root without what lets it pass all permissions
+        drop = "-dac_override,-dac_read_search"
+        command = ["setpriv", f"--bounding-set={drop}", f"--inh-caps={drop}", *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "cannot make" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "full", "locked"]
 
 
 def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:

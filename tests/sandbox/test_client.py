@@ -151,6 +151,20 @@ async def test_a_message_that_answers_nothing_ends_the_client(message: Value) ->
         assert type(await outcome(client.call("op", timeout_s=5))) is GuestError
 
 
+async def test_a_message_that_is_none_is_told_in_few_words() -> None:
+    async with connected() as (client, guest):
+        call = asyncio.ensure_future(client.call("op", timeout_s=5))
+        await guest.request()
+        deep = b"\x91" * 1000 + b"\xc0"
+        await guest.send_bytes(struct.pack(">I", len(deep)) + deep)
+        error = await outcome(call)
+        assert type(error) is GuestError
+        assert "garbage" in error.message
+        assert client.failure is not None
+        assert "garbage" in client.failure.message
+        assert len(client.failure.message) < 300
+
+
 @pytest.mark.parametrize(
     "noise",
     [

@@ -182,6 +182,52 @@ def test_a_frame_that_would_grow_in_memory_is_refused(bomb: bytes) -> None:
         tracemalloc.stop()
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_what_is_nested_too_deep_is_refused_at_both_ends() -> None:
+    fits = wire.pack(nested(wire.MAX_DEPTH))
+    assert wire.unpack(fits) == nested(wire.MAX_DEPTH)
+    with pytest.raises(GuestError, match="more than 128 deep"):
+        wire.pack(nested(wire.MAX_DEPTH + 1))
+    for depth in (wire.MAX_DEPTH + 1, 1000):  # msgpack itself gives up a little beyond
+        with pytest.raises(GuestError, match="more than 128 deep"):
+            wire.unpack(b"\x91" * depth + b"\xc0")
+    with pytest.raises(GuestError, match="more than 128 deep"):
+        wire.unpack(b"\x81\xa0" * (wire.MAX_DEPTH + 1) + b"\xc0")
+
+
+@pytest.mark.parametrize("key", [b"bytes", 1, None])
+def test_keys_are_text(key: Any) -> None:
+    for value in ({key: 1}, [{"a": {key: 1}}]):
+        with pytest.raises(GuestError, match="cannot be sent"):
+            wire.pack(value)
+        with pytest.raises(GuestError, match="malformed"):
+            wire.unpack(msgpack.packb(value))
+
+
+@given(values)
+def test_any_value_is_shown_in_few_characters(value: Any) -> None:
+    assert len(wire.shown(value)) <= 120
+
+
+def test_showing_a_large_value_takes_little_memory() -> None:
+    large: list[Any] = [bytes(8 << 20), "\x00" * (8 << 20), [[1] * 100_000], np.zeros(1 << 20)]
+    large += [np.bytes_(bytes(8 << 20)), {str(i): 1 for i in range(100_000)}]
+    tracemalloc.start()
+    try:
+        for value in large:
+            assert len(wire.shown({"id": value})) <= 120
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert wire.shown({"id": 1, "ok": [b"x", "y", None, 0.5]}) == "{'id': 1, 'ok': [b'x', 'y', None, 0.5]}"
+
+
 def test_large_honest_values_pass() -> None:
     value: Any = {
         "bytes": bytes(1 << 20),

@@ -6,7 +6,8 @@ in its folder.
 
 The layers are not trusted. Every entry is checked before it is written: no path leaves the root, neither by
 `..` nor through a symbolic link of an earlier entry, hard links stay inside, and device nodes and pipes are
-refused, except under `/dev`, where they are left out, as the guest's kernel makes its own. Sizes are bounded.
+refused, except under `/dev`, where they are left out, as the guest's kernel makes its own. Sizes, depth,
+memory and the number of what comes out are bounded.
 
 Not supported: layers that are compressed with zstd.
 """
@@ -18,20 +19,30 @@ import hashlib
 import os
 import shutil
 import tarfile
-import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from rollout.errors import BootError
 
-__all__ = ["Budget", "path_parts", "unpack_layers", "write_file"]
+__all__ = ["BoundedTarInfo", "Budget", "entries_of", "path_parts", "unpack_layers", "write_file"]
 
 MAX_UNPACKED_BYTES = 16 << 30
 MAX_ENTRIES = 2_000_000
 _MAX_LINKS = 40
+_MAX_DEPTH = 256  # what removes or lists a tree does so by recursion
+_MAX_HEADER_BYTES = 1 << 20
+_HEADERS_IN_MEMORY = frozenset(
+    {
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+    }
+)
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 
 
@@ -52,7 +63,7 @@ def unpack_layers(layers: Sequence[Path], diff_ids: Sequence[str], root: Path) -
             _apply(layer, diff_id, root, budget)
         except BootError as error:
             raise BootError(f"layer {number} of the image: {error.message}") from error
-        except (OSError, tarfile.TarError, zlib.error, EOFError, ValueError) as error:
+        except Exception as error:  # of hostile archives the parser raises anything
             raise BootError.wrap(error, f"layer {number} of the image cannot be unpacked") from error
 
 
@@ -69,7 +80,7 @@ class Budget:
         Raises:
             BootError: It is one too many.
         """
-        self.num_bytes -= num_bytes
+        self.num_bytes -= max(0, num_bytes)
         self.num_entries -= 1
         if self.num_bytes < 0 or self.num_entries < 0:
             raise BootError(f"it is larger than {MAX_UNPACKED_BYTES} bytes or {MAX_ENTRIES} files")
@@ -79,7 +90,7 @@ def _apply(layer: Path, diff_id: str, root: Path, budget: Budget) -> None:
     """Applies one layer, in two passes: what it takes away, then what it adds."""
     _verify_diff_id(layer, diff_id)
     with _open_layer(layer) as archive:
-        for entry in archive:
+        for entry in entries_of(archive):
             budget.spend(entry.size)
             parts = path_parts(entry.name)
             if not parts or not parts[-1].startswith(_WHITEOUT):
@@ -94,7 +105,7 @@ def _apply(layer: Path, diff_id: str, root: Path, budget: Budget) -> None:
                 _remove(folder / name)
     folders: list[tuple[Path, tarfile.TarInfo]] = []
     with _open_layer(layer) as archive:
-        for entry in archive:
+        for entry in entries_of(archive):
             parts = path_parts(entry.name)
             if (parts and parts[-1].startswith(_WHITEOUT)) or not parts:
                 continue
@@ -102,7 +113,7 @@ def _apply(layer: Path, diff_id: str, root: Path, budget: Budget) -> None:
                 if parts[0] == "dev":
                     continue
                 raise BootError(f"it holds the device node or pipe {entry.name!r}")
-            _add(archive, entry, root, parts)
+            _add(archive, entry, root, parts, budget)
             if entry.isdir():
                 folders.append((root.joinpath(*parts), entry))
     for path, entry in reversed(folders):  # last: a folder that nobody may write to still gets its content
@@ -110,8 +121,10 @@ def _apply(layer: Path, diff_id: str, root: Path, budget: Budget) -> None:
             path.chmod(entry.mode & 0o7777)
 
 
-def _add(archive: tarfile.TarFile, entry: tarfile.TarInfo, root: Path, parts: Sequence[str]) -> None:
-    target = _safe(root, parts[:-1], make=True) / parts[-1]
+def _add(
+    archive: tarfile.TarFile, entry: tarfile.TarInfo, root: Path, parts: Sequence[str], budget: Budget
+) -> None:
+    target = _safe(root, parts[:-1], make_within=budget) / parts[-1]
     if entry.isdir():
         if target.is_symlink() or (target.exists() and not target.is_dir()):
             _remove(target)
@@ -139,10 +152,11 @@ def _add(archive: tarfile.TarFile, entry: tarfile.TarInfo, root: Path, parts: Se
         target.chmod(entry.mode & 0o7777)
 
 
-def _safe(root: Path, parts: Sequence[str], *, make: bool = False) -> Path:
+def _safe(root: Path, parts: Sequence[str], *, make_within: Budget | None = None) -> Path:
     """A folder below the root; no part of the way to it leaves the root.
 
-    A symbolic link on the way is followed as it would be in the guest, where `/` is the root.
+    A symbolic link on the way is followed as it would be in the guest, where `/` is the root. With a budget,
+    what is missing on the way is made, and counts.
     """
     path, todo, num_links = root, list(parts), 0
     while todo:
@@ -158,10 +172,13 @@ def _safe(root: Path, parts: Sequence[str], *, make: bool = False) -> Path:
             link = PurePosixPath(path.readlink())
             path = root if link.is_absolute() else path.parent
             todo = [each for each in link.parts if each not in ("/", ".", "//")] + todo
-        elif make and not path.exists():
+        elif make_within is not None and not path.exists():
+            make_within.spend(0)
             path.mkdir(mode=0o755)
         elif path.exists() and not path.is_dir():
             raise BootError(f"the path {'/'.join(parts)!r} leads through a file")
+        if len(path.parts) - len(root.parts) >= _MAX_DEPTH:
+            raise BootError(f"the path {'/'.join(parts)[:120]!r} is more than {_MAX_DEPTH} folders deep")
     return path
 
 
@@ -218,5 +235,23 @@ def _opened(layer: Path) -> IO[bytes]:
 
 @contextmanager
 def _open_layer(layer: Path) -> Generator[tarfile.TarFile]:
-    with _opened(layer) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+    with _opened(layer) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=BoundedTarInfo) as archive:
         yield archive
+
+
+def entries_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The entries of an archive one by one; the parser would keep them all."""
+    while (entry := archive.next()) is not None:
+        cast("Any", archive).members.clear()
+        yield entry
+
+
+class BoundedTarInfo(tarfile.TarInfo):
+    """A header, which the parser reads into memory if it is one of a long name, of attributes or the like."""
+
+    def _proc_member(
+        self, tarfile: tarfile.TarFile
+    ) -> tarfile.TarInfo:  # which `tarfile` says is to be overridden
+        if self.type in _HEADERS_IN_MEMORY and not 0 <= self.size <= _MAX_HEADER_BYTES:
+            raise BootError(f"it has a header of {self.size} bytes, which is too long")
+        return cast("Any", super())._proc_member(tarfile)

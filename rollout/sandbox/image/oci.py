@@ -13,7 +13,6 @@ import platform
 import re
 import shutil
 import tarfile
-import zlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +20,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from rollout.errors import BootError
-from rollout.sandbox.image.layers import Budget, path_parts, write_file
+from rollout.sandbox.image.layers import BoundedTarInfo, Budget, entries_of, path_parts, write_file
 
 __all__ = ["ImageSettings", "OciImage", "open_oci_image"]
 
 _MAX_JSON_BYTES = 4 << 20
+_MAX_DEPTH = 16
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _INDEX_TYPES = frozenset(
@@ -82,21 +82,33 @@ def open_oci_image(path: Path, scratch: Path) -> Generator[OciImage]:
     folder = scratch / "oci"
     try:
         folder.mkdir()
-        with tarfile.open(path) as archive:
-            _unpack_outer(archive, folder)
+        _unpack_archive(path, folder)
         yield _open_folder(folder)
-    except (OSError, tarfile.TarError, zlib.error, EOFError) as error:
+    except OSError as error:
         raise BootError.wrap(error, f"cannot read the image {path}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unpack_archive(path: Path, folder: Path) -> None:
+    try:
+        with tarfile.open(path, tarinfo=BoundedTarInfo) as archive:
+            _unpack_outer(archive, folder)
+    except BootError:
+        raise
+    except Exception as error:  # of hostile archives the parser raises anything
+        raise BootError.wrap(error, f"cannot read the image {path}") from error
 
 
 def _unpack_outer(archive: tarfile.TarFile, folder: Path) -> None:
     """The archive around the layers: plain files, and links among them as `docker save` makes them."""
     links: list[tuple[Path, str]] = []
     budget = Budget()
-    for entry in archive:
-        target = folder.joinpath(*path_parts(entry.name))
+    for entry in entries_of(archive):
+        parts = path_parts(entry.name)
+        if len(parts) > _MAX_DEPTH:
+            raise BootError(f"the image's archive holds {entry.name[:120]!r}, which is too deep")
+        target = folder.joinpath(*parts)
         budget.spend(entry.size)
         target.parent.mkdir(parents=True, exist_ok=True)
         if entry.isfile():

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -30,6 +31,7 @@ import zstandard
 
 from rollout.errors import BootError, CheckpointError
 from rollout.sandbox.image.store import Image
+from rollout.sandbox.microvm.compression import MAX_DEVICE_STATE_BYTES, decompressed
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES, KERNEL_COMMAND_LINE, MachineShape
 from rollout.sandbox.microvm.memory import PageNumbers, Pages
 
@@ -39,6 +41,12 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_
 _CHUNK_PAGES = 4096
 _LAYOUT = 1
 _LET_GO_S = 10.0
+_NUMBERS_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<u4', 'fortran_order': False, 'shape': \((\d{1,10}),\), \} *\n",
+    re.DOTALL,
+)
+"""Of an array as `numpy.save` writes it. numpy's own parser raises many things at a header that is none."""
+_MAX_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +199,16 @@ class BaseStore:
         except OSError as error:
             raise BootError.wrap(error, f"cannot write to the cache folder {self._folder}") from error
 
-    def adopt(self, folder: Path, key: str, sha256: Mapping[str, str]) -> str:
-        """Keeps the base of another machine, whose files are in a folder, which moves; returns its digest.
+    def adopt(self, folder: Path, key: str, digest: str, sha256: Mapping[str, str]) -> None:
+        """Keeps the base of another machine, whose files are in a folder, which moves.
 
         The checksums of the files are compared when it is loaded.
 
         Raises:
-            BootError: The cache cannot be written.
+            BootError: It is not the base of that digest, or the cache cannot be written.
         """
-        digest = _digest_of_files(sha256)
+        if _digest_of_files(sha256) != digest:
+            raise BootError(f"the base {digest}: what came is another base")
         try:
             (folder / "manifest.json").write_text(json.dumps({"digest": digest, "sha256": dict(sha256)}))
             target = self._folder / f"{key}.{digest}"
@@ -208,7 +217,6 @@ class BaseStore:
                 folder.rename(target)
         except OSError as error:
             raise BootError.wrap(error, f"cannot keep a base in {self._folder}") from error
-        return digest
 
     def _folder_of(self, key: str, digest: str) -> Path | None:
         folders = (self._folder / key, self._folder / f"{key}.{digest}")
@@ -230,7 +238,7 @@ class BaseStore:
         fd = new_memory_file(memory_bytes)
         try:
             device_state = self._unpack(folder, manifest, fd)
-        except (OSError, ValueError, KeyError, zstandard.ZstdError, CheckpointError) as error:
+        except (OSError, ValueError, TypeError, KeyError, zstandard.ZstdError, CheckpointError) as error:
             os.close(fd)
             raise BootError(f"the base {folder} is damaged; delete it: {error}") from error
         _seal(fd)
@@ -261,12 +269,12 @@ class BaseStore:
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     raise ValueError(f"the checksum of {name} differs")
-        numbers = np.load(folder / "numbers.npy")
+        numbers = _page_numbers(folder / "numbers.npy", os.fstat(fd).st_size // GUEST_PAGE_BYTES)
         with zstandard.ZstdDecompressor().stream_reader((folder / "pages.zst").open("rb")) as pages:
             for begin in range(0, len(numbers), _CHUNK_PAGES):
                 chunk = numbers[begin : begin + _CHUNK_PAGES]
                 _write_runs(fd, chunk, pages.read(len(chunk) * GUEST_PAGE_BYTES))
-        return zstandard.ZstdDecompressor().decompress((folder / "state.zst").read_bytes())
+        return decompressed((folder / "state.zst").read_bytes(), MAX_DEVICE_STATE_BYTES)
 
 
 def _digest_of_files(sha256: Mapping[str, str]) -> str:
@@ -320,6 +328,23 @@ def _extents(fd: int) -> Iterator[tuple[int, bytes]]:
         end = os.lseek(fd, begin, os.SEEK_HOLE)
         for offset in range(begin, end, _CHUNK_PAGES * GUEST_PAGE_BYTES):
             yield offset, os.pread(fd, min(_CHUNK_PAGES * GUEST_PAGE_BYTES, end - offset), offset)
+
+
+def _page_numbers(file: Path, num_pages: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """The numbers of a base's pages, which may be another machine's word.
+
+    Raises:
+        ValueError: They are not the machine's, in ascending order.
+    """
+    with file.open("rb") as content:
+        data = content.read(_MAX_HEADER_BYTES + 4 * num_pages)
+    header = _NUMBERS_HEADER.match(data)
+    if header is None or len(data) - header.end() != 4 * int(header[1]):
+        raise ValueError(f"{file.name} holds no numbers of pages")
+    numbers = np.frombuffer(data, np.uint32, offset=header.end())
+    if len(numbers) and (numbers[-1] >= num_pages or (np.diff(numbers.astype(np.int64)) <= 0).any()):
+        raise ValueError(f"{file.name} holds other pages than the machine's")
+    return numbers
 
 
 def _write_runs(fd: int, numbers: np.ndarray[Any, np.dtype[np.uint32]], data: bytes) -> None:

@@ -6,10 +6,11 @@ too. A checkpoint keeps its name. The guest image and the base are fetched if th
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,6 +30,8 @@ __all__ = ["export_checkpoints", "import_checkpoint"]
 _BASE_FILES = frozenset({"pages.zst", "numbers.npy", "state.zst"})
 _MAX_LINEAGE = 10_000
 _CACHE_BYTES = 256 << 20
+_NAME = re.compile(r"[0-9A-Za-z]{1,64}")
+"""Of images and bases: they become names of folders."""
 
 
 async def export_checkpoints(
@@ -146,7 +149,10 @@ async def import_checkpoint(
             taken.append((name, record["parent_id"], *await _import(engine, depot, record, blocks)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"checkpoint {name} in {location} is damaged: {error!r}") from error
-    return [engine.adopt(*each) for each in taken], dict(records[-1][1].get("origin", {}))
+    origin = records[-1][1].get("origin", {})
+    if not isinstance(origin, dict):
+        raise CheckpointError(f"checkpoint {checkpoint_id} in {location} is damaged: its origin is no object")
+    return [engine.adopt(*each) for each in taken], cast("dict[str, Any]", origin)
 
 
 async def _import(
@@ -171,7 +177,11 @@ def _lineage(depot: Depot, checkpoint_id: str) -> list[tuple[str, dict[str, Any]
     """A checkpoint and its ancestors as far as they are there, oldest first."""
     found = [(checkpoint_id, depot.record(checkpoint_id))]
     there = frozenset(depot.ids())
-    while (parent := found[-1][1].get("parent_id")) in there and len(found) < _MAX_LINEAGE:
+    while (parent := found[-1][1].get("parent_id")) is not None and len(found) < _MAX_LINEAGE:
+        if not isinstance(parent, str):
+            raise CheckpointError(f"checkpoint {found[-1][0]} in {depot.location} names no parent")
+        if parent not in there:
+            break
         if parent in {name for name, _ in found}:
             raise CheckpointError(f"checkpoint {checkpoint_id} in {depot.location} is its own ancestor")
         found.append((parent, depot.record(parent)))
@@ -180,6 +190,8 @@ def _lineage(depot: Depot, checkpoint_id: str) -> list[tuple[str, dict[str, Any]
 
 def _fetch_image(depot: Depot, image: Mapping[str, Any]) -> None:
     store = ImageStore()
+    if not _NAME.fullmatch(str(image["digest"])):
+        raise CheckpointError(f"a checkpoint in {depot.location} is damaged: it names no image")
     if store.get(image["digest"]) is not None:
         return
     with store.scratch() as scratch:
@@ -193,7 +205,7 @@ def _fetch_image(depot: Depot, image: Mapping[str, Any]) -> None:
 def _fetch_base(depot: Depot, base: Mapping[str, Any]) -> None:
     bases = BaseStore(ImageStore().root)
     key, digest, files = str(base["key"]), str(base["digest"]), dict(base["files"])
-    if not (key.isalnum() and digest.isalnum()) or files.keys() != _BASE_FILES:
+    if not (_NAME.fullmatch(key) and _NAME.fullmatch(digest)) or files.keys() != _BASE_FILES:
         raise CheckpointError(f"a checkpoint in {depot.location} is damaged: it names no base")
     if bases.has(key, digest):
         return
@@ -201,7 +213,6 @@ def _fetch_base(depot: Depot, base: Mapping[str, Any]) -> None:
     try:
         for name, sha256 in files.items():
             depot.get_file(sha256, folder / name)
-        if bases.adopt(folder, key, files) != digest:
-            raise CheckpointError(f"a checkpoint in {depot.location} is damaged: its base is another one")
+        bases.adopt(folder, key, digest, files)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -28,6 +28,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from rollout.errors import CheckpointError
+from rollout.sandbox.microvm.compression import MAX_DEVICE_STATE_BYTES, decompressed
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES
 from rollout.sandbox.microvm.memory import PageNumbers, Pages
 from rollout.sandbox.microvm.vmm import RawState
@@ -74,7 +75,7 @@ class PageBlock:
         """
         size_bytes = self.num_pages * GUEST_PAGE_BYTES
         try:
-            data = zstandard.ZstdDecompressor().decompress(self.compressed, max_output_size=size_bytes)
+            data = decompressed(self.compressed, size_bytes)
         except zstandard.ZstdError as error:
             raise CheckpointError(f"a checkpoint's pages are damaged: {error}") from error
         if len(data) == size_bytes:
@@ -272,7 +273,7 @@ class Snapshot:
             CheckpointError: It is damaged.
         """
         try:
-            return zstandard.ZstdDecompressor().decompress(self.device_state)
+            return decompressed(self.device_state, MAX_DEVICE_STATE_BYTES)
         except zstandard.ZstdError as error:
             raise CheckpointError(f"a checkpoint's device state is damaged: {error}") from error
 

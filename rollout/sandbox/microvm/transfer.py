@@ -34,14 +34,14 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as fs
 
 from rollout.errors import CheckpointError
-from rollout.sandbox.microvm.snapshot import PageBlock, Snapshot
+from rollout.sandbox.microvm.snapshot import MAX_BLOCKS, PageBlock, Snapshot
 
 __all__ = ["Depot", "Kind", "snapshot_from_parts", "snapshot_parts"]
 
@@ -155,9 +155,12 @@ class Depot:
             body: str = outer["body"]
             if hashlib.sha256(body.encode()).hexdigest() != outer["sha256"]:
                 raise ValueError("its checksum differs")
-            record: dict[str, Any] = json.loads(body)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            record: object = json.loads(body)
+            if not isinstance(record, dict):
+                raise ValueError("it is no object")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{where} is damaged: {error}") from error
+        record = cast("dict[str, Any]", record)
         if record.get("layout") != _LAYOUT:
             raise CheckpointError(f"{where} has layout {record.get('layout')}, this version reads {_LAYOUT}")
         return record
@@ -280,11 +283,15 @@ def snapshot_from_parts(
         numbers = np.frombuffer(index, "<u4", count)
         owners = np.frombuffer(index, "u1", count, count * 4)
         rows = np.frombuffer(index, "<u4", count, count * 5)
+        if len(parts["blocks"]) > MAX_BLOCKS:
+            raise ValueError(f"it has more than {MAX_BLOCKS} blocks of pages")
         blocks = tuple(_block(depot, each, known) for each in parts["blocks"])
         _check_index(numbers, owners, rows, blocks, num_machine_pages)
-        device_state = depot.get(parts["device_state"])
-        return Snapshot(device_state, numbers, owners, rows, blocks, int(parts["own_bytes"]))
-    except (KeyError, TypeError, ValueError) as error:
+        device_state, own_bytes = depot.get(parts["device_state"]), int(parts["own_bytes"])
+        if own_bytes < 0:
+            raise ValueError("it is said to take less than nothing")
+        return Snapshot(device_state, numbers, owners, rows, blocks, own_bytes)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"a checkpoint in {depot.location} is damaged: {error}") from error
 
 
