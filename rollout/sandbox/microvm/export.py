@@ -97,7 +97,8 @@ def _on_root(
         pages[np.searchsorted(numbers, under.page_numbers)] = under.unpack_pages(cache, root.pages)
         pages[np.searchsorted(numbers, snapshot.page_numbers)] = snapshot.unpack_pages(cache, stock.pages)
         raw = RawState(snapshot.unpack_device_state(), numbers, pages, 0.0)
-        snapshot, stock = Snapshot.of(raw, parent, cache, root.pages), root
+        shared = parent if root.root is None else None  # which is on the lowest base
+        snapshot, stock = Snapshot.of(raw, shared, cache, root.pages), root
     return snapshot, stock
 
 
