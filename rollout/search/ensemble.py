@@ -16,9 +16,10 @@ import numpy as np
 
 from rollout.errors import SearchError
 from rollout.search.base import ROOT_TRIAL, Commit, Outcome, TreeView, Trial
+from rollout.search.column import Column
 from rollout.search.decide import MoveRule, sample_action
 from rollout.search.seeds import branch_seed
-from rollout.search.tree import NONE, Column, Tree
+from rollout.search.tree import NONE, Tree
 from rollout.search.tree_search import TreeSearch
 from rollout.types import Failure, derive_seed
 

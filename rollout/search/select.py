@@ -8,7 +8,8 @@ Invariants: an action whose only branch is in flight, that was given up or that 
 selected; a choice depends on the tree alone, so equal trees give equal choices. Untried actions of equal
 prior are taken in an order that is rotated from node to node, so that no action comes first everywhere.
 
-Work per call: O(actions).
+Work per call: O(actions). Where every action has an outcome and none is barred, as nearly everywhere in a
+large tree, a selector reads no more of an action than its formula names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from math import inf, log, sqrt
 from typing import Protocol
 
-from rollout.search.normalise import Normaliser
+from rollout.search.normalise import Normaliser, no_normalisation
 from rollout.search.tree import PENDING, SETTLED, UNTRIED, Tree
 from rollout.search.widening import ActionWidening
 
@@ -78,31 +79,47 @@ class UctSelector:
         self._normaliser = normaliser
         self._widening = widening
         self._virtual_loss = virtual_loss
+        self._is_plain = normaliser is no_normalisation and virtual_loss is None
 
     def __call__(self, node: int) -> int:
         """The UCT action."""
+        tree = self._tree
+        if not self._is_plain or tree.num_unready[node]:
+            return self._of_some(node)
+        values, counts = tree.slot_value, tree.slot_begun
+        spread = self._c * sqrt(log(tree.begun[node]))
+        first = tree.first_slot[node]
+        best, best_score = -1, -inf
+        for slot in range(first, first + tree.num_actions[node]):
+            score = values[slot] + spread / sqrt(counts[slot])
+            if score > best_score:
+                best, best_score = slot, score
+        return best - first
+
+    def _of_some(self, node: int) -> int:
+        """The action where some may be untried or barred, with normalisation and virtual loss."""
         tree, virtual_loss = self._tree, self._virtual_loss
-        edge_states, values = tree.edge_state, tree.edge_value
-        edge_visits, edge_in_flight = tree.edge_visits, tree.edge_in_flight
-        slots = tree.edges(node)
-        if (UNTRIED in slots or tree.open_ended[node]) and self._widening.has_room(tree, node):
+        states, visits = tree.edge_state, tree.edge_visits
+        values, counts, edges = tree.slot_value, tree.slot_begun, tree.edges(node)
+        if (UNTRIED in edges or tree.open_ended[node]) and self._widening.has_room(tree, node):
             return next_untried(tree, node)
         low, scale = self._normaliser(node)
-        c_log = self._c * sqrt(log(tree.visits[node] + tree.in_flight[node]))
+        spread = self._c * sqrt(log(tree.begun[node]))
+        first = tree.first_slot[node]
         best, best_score, none_left = -1, -inf, DEAD
-        for action, edge in enumerate(slots):
-            if edge < 0 or edge_states[edge] > SETTLED:
-                if edge >= 0 and edge_states[edge] == PENDING:
+        for slot, edge in enumerate(edges, first):
+            if edge < 0 or states[edge] > SETTLED:
+                if edge >= 0 and states[edge] == PENDING:
                     none_left = BLOCKED
                 continue
-            n, o = edge_visits[edge], edge_in_flight[edge]
-            q_hat = ((values[edge] if n else tree.value[node]) - low) * scale
-            if virtual_loss is not None and o:
-                q_hat = virtual_loss.apply(q_hat, low, scale, n, o)
-            score = q_hat + c_log / sqrt(n + o)
+            n, begun = visits[edge], counts[slot]
+            q_hat = ((values[slot] if n else tree.value[node]) - low) * scale
+            if virtual_loss is not None and begun > n:
+                q_hat = virtual_loss.apply(q_hat, low, scale, n, begun - n)
+            score = q_hat + spread / sqrt(begun)
             if score > best_score:
-                best, best_score = action, score
-        return best if best >= 0 else none_left
+                best, best_score = slot, score
+        return best - first if best >= 0 else none_left
 
 
 class PuctSelector:
@@ -141,33 +158,48 @@ class PuctSelector:
 
     def __call__(self, node: int) -> int:
         """The PUCT action."""
-        tree, virtual_loss = self._tree, self._virtual_loss
-        edge_states, values = tree.edge_state, tree.edge_value
-        edge_visits, edge_in_flight = tree.edge_visits, tree.edge_in_flight
-        slots, priors = tree.edges(node), tree.node_priors(node)
+        tree = self._tree
+        begun = tree.begun[node]
+        factor = sqrt(begun) * (self._c1 + log((begun + self._c2 + 1.0) / self._c2))
         low, scale = self._normaliser(node)
-        total = tree.visits[node] + tree.in_flight[node]
-        factor = sqrt(total) * (self._c1 + log((total + self._c2 + 1.0) / self._c2))
+        if self._virtual_loss is not None or tree.num_unready[node]:
+            return self._of_some(node, factor, low, scale)
+        values, counts, priors = tree.slot_value, tree.slot_begun, tree.priors
+        first = tree.first_slot[node]
+        best, best_score = -1, -inf
+        for slot in range(first, first + tree.num_actions[node]):
+            score = (values[slot] - low) * scale + factor * priors[slot] / (1 + counts[slot])
+            if score > best_score:
+                best, best_score = slot, score
+        return best - first
+
+    def _of_some(self, node: int, factor: float, low: float, scale: float) -> int:
+        """The action where some may be untried or barred, with first-play urgency and virtual loss."""
+        tree, virtual_loss = self._tree, self._virtual_loss
+        states, visits = tree.edge_state, tree.edge_visits
+        values, counts, priors = tree.slot_value, tree.slot_begun, tree.priors
+        edges, first = tree.edges(node), tree.first_slot[node]
         unvisited = self._first_play(node, low, scale)
         best, best_score, none_left = -1, -inf, DEAD
-        if (UNTRIED in slots or tree.open_ended[node]) and self._widening.has_room(tree, node):
+        if (UNTRIED in edges or tree.open_ended[node]) and self._widening.has_room(tree, node):
             # Untried actions differ in their prior alone, so one of the largest is the best of them.
-            best = next_untried(tree, node)
-            prior = priors[best] if best < len(priors) else 1.0 / (len(priors) + 1)
+            untried = next_untried(tree, node)
+            best = first + untried
+            prior = priors[best] if untried < len(edges) else 1.0 / (len(edges) + 1)
             best_score = unvisited + factor * prior
-        for action, edge in enumerate(slots):
-            if edge < 0 or edge_states[edge] > SETTLED:
-                if edge >= 0 and edge_states[edge] == PENDING:
+        for slot, edge in enumerate(edges, first):
+            if edge < 0 or states[edge] > SETTLED:
+                if edge >= 0 and states[edge] == PENDING:
                     none_left = BLOCKED
                 continue
-            n, o = edge_visits[edge], edge_in_flight[edge]
-            q_hat = (values[edge] - low) * scale if n else unvisited
-            if virtual_loss is not None and o:
-                q_hat = virtual_loss.apply(q_hat, low, scale, n, o)
-            score = q_hat + factor * priors[action] / (1 + n + o)
+            n, begun = visits[edge], counts[slot]
+            q_hat = (values[slot] - low) * scale if n else unvisited
+            if virtual_loss is not None and begun > n:
+                q_hat = virtual_loss.apply(q_hat, low, scale, n, begun - n)
+            score = q_hat + factor * priors[slot] / (1 + begun)
             if score > best_score:
-                best, best_score = action, score
-        return best if best >= 0 else none_left
+                best, best_score = slot, score
+        return best - first if best >= 0 else none_left
 
     def _first_play(self, node: int, low: float, scale: float) -> float:
         """q̂ of an unvisited action."""

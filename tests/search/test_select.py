@@ -112,7 +112,7 @@ def test_what_cannot_be_taken_is_never_selected(kind: str) -> None:
     def select(states: list[int]) -> int:
         tree = one_node([1 / 3] * 3, [5, 5, 5], [1.0, 0.5, 0.0])
         for action, state in enumerate(states):
-            tree.edge_state[tree.edge(0, action)] = state
+            tree.set_state(tree.edge(0, action), state)
         if kind == "uct":
             return UctSelector(tree, 0.0, no_normalisation, WIDE)(0)
         return PuctSelector(tree, 0.0, 1.0, no_normalisation, WIDE)(0)
