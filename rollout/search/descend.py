@@ -43,7 +43,8 @@ def descend(tree: Tree, select: Selector, drawing: Drawing) -> Path | None:
             if action == BLOCKED:
                 return None
             break
-        edge = slots[first_slot[node] + action] if action < num_actions[node] else UNTRIED
+        first = first_slot[node]
+        edge = slots[first + action] if first != NONE and action < num_actions[node] else UNTRIED
         if edge == UNTRIED:
             edge = taken(tree, node, action)
         edges.append(edge)

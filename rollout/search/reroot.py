@@ -72,6 +72,9 @@ def _copy_node(tree: Tree, kept: Tree, node: int, depth: int, new_edge: dict[int
     kept.num_actions[copy] = tree.num_actions[node]
     kept.num_unready[copy] = tree.num_unready[node]
     first, room = tree.first_slot[node], tree.room(node)
+    if first == NONE:
+        return
+    kept.first_slot[copy] = len(kept.slots)
     kept.slots.extend(new_edge.get(edge, edge) for edge in tree.slots[first : first + room])
     kept.priors.extend(tree.priors[first : first + room])
     kept.slot_value.extend(tree.slot_value[first : first + room])

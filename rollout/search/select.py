@@ -19,7 +19,7 @@ from math import inf, log, sqrt
 from typing import Protocol
 
 from rollout.search.normalise import Normaliser, no_normalisation
-from rollout.search.tree import PENDING, SETTLED, UNTRIED, Tree
+from rollout.search.tree import NONE, PENDING, SETTLED, UNTRIED, Tree
 from rollout.search.widening import ActionWidening
 
 __all__ = ["BLOCKED", "DEAD", "PuctSelector", "Selector", "UctSelector", "VirtualLoss", "next_untried"]
@@ -84,11 +84,13 @@ class UctSelector:
     def __call__(self, node: int) -> int:
         """The UCT action."""
         tree = self._tree
+        first = tree.first_slot[node]
+        if first == NONE:
+            return next_untried(tree, node)
         if not self._is_plain or tree.num_unready[node]:
-            return self._of_some(node)
+            return self._of_some(node, first)
         values, counts = tree.slot_value, tree.slot_begun
         spread = self._c * sqrt(log(tree.begun[node]))
-        first = tree.first_slot[node]
         best, best_score = -1, -inf
         for slot in range(first, first + tree.num_actions[node]):
             score = values[slot] + spread / sqrt(counts[slot])
@@ -96,7 +98,7 @@ class UctSelector:
                 best, best_score = slot, score
         return best - first
 
-    def _of_some(self, node: int) -> int:
+    def _of_some(self, node: int, first: int) -> int:
         """The action where some may be untried or barred, with normalisation and virtual loss."""
         tree, virtual_loss = self._tree, self._virtual_loss
         states, visits = tree.edge_state, tree.edge_visits
@@ -105,7 +107,6 @@ class UctSelector:
             return next_untried(tree, node)
         low, scale = self._normaliser(node)
         spread = self._c * sqrt(log(tree.begun[node]))
-        first = tree.first_slot[node]
         best, best_score, none_left = -1, -inf, DEAD
         for slot, edge in enumerate(edges, first):
             if edge < 0 or states[edge] > SETTLED:
@@ -159,13 +160,15 @@ class PuctSelector:
     def __call__(self, node: int) -> int:
         """The PUCT action."""
         tree = self._tree
+        first = tree.first_slot[node]
+        if first == NONE:
+            return next_untried(tree, node)
         begun = tree.begun[node]
         factor = sqrt(begun) * (self._c1 + log((begun + self._c2 + 1.0) / self._c2))
         low, scale = self._normaliser(node)
         if self._virtual_loss is not None or tree.num_unready[node]:
-            return self._of_some(node, factor, low, scale)
+            return self._of_some(node, first, factor, low, scale)
         values, counts, priors = tree.slot_value, tree.slot_begun, tree.priors
-        first = tree.first_slot[node]
         best, best_score = -1, -inf
         for slot in range(first, first + tree.num_actions[node]):
             score = (values[slot] - low) * scale + factor * priors[slot] / (1 + counts[slot])
@@ -173,12 +176,12 @@ class PuctSelector:
                 best, best_score = slot, score
         return best - first
 
-    def _of_some(self, node: int, factor: float, low: float, scale: float) -> int:
+    def _of_some(self, node: int, first: int, factor: float, low: float, scale: float) -> int:
         """The action where some may be untried or barred, with first-play urgency and virtual loss."""
         tree, virtual_loss = self._tree, self._virtual_loss
         states, visits = tree.edge_state, tree.edge_visits
         values, counts, priors = tree.slot_value, tree.slot_begun, tree.priors
-        edges, first = tree.edges(node), tree.first_slot[node]
+        edges = tree.edges(node)
         unvisited = self._first_play(node, low, scale)
         best, best_score, none_left = -1, -inf, DEAD
         if (UNTRIED in edges or tree.open_ended[node]) and self._widening.has_room(tree, node):
@@ -217,6 +220,8 @@ class PuctSelector:
 def next_untried(tree: Tree, node: int) -> int:
     """The untried action of the largest prior; `num_actions`, one more proposal, where none is listed."""
     first, count = tree.first_slot[node], tree.num_actions[node]
+    if first == NONE:
+        return node % count if count else 0
     slots, priors = tree.slots, tree.priors
     best, best_prior = count, -1.0
     for k in range(count):

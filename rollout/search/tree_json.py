@@ -164,7 +164,7 @@ def _check_references(tree: Tree) -> None:
             raise SearchError(f"column {name!r} of a tree names a row that does not exist")
     for node in range(len(tree)):
         first = tree.first_slot[node]
-        if not 0 <= first <= first + tree.num_actions[node] <= len(tree.slots):
+        if first != NONE and not 0 <= first <= first + tree.num_actions[node] <= len(tree.slots):
             raise SearchError(f"the slots of node {node} of a tree do not exist")
     if any(following >= row for row, following in enumerate(tree.outcome_next)):
         raise SearchError("column 'outcome_next' of a tree runs in a circle")

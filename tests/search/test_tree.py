@@ -106,7 +106,7 @@ def broken(**changes: object) -> str:
         (broken(value=[float("nan")] * 11), "not finite"),
         (broken(raw_value=[float("inf")] * 11), "not finite"),
         (broken(depth=[2**40] * 11), "column 'depth'"),
-        (broken(slots=[99] * 22), "column 'slots'"),
+        (broken(slots=[99] * 12, priors=[0.5] * 12), "column 'slots'"),
         (broken(outcome_node=[-1] * 10), "column 'outcome_node'"),
         (broken(outcome_next=list(range(10))), "circle"),
         (broken(first_slot=[1000] * 11), "slots of node"),
