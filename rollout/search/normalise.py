@@ -51,7 +51,10 @@ class SiblingNormaliser:
 
 
 class TreeNormaliser:
-    """By the smallest and largest Q that was ever backed up in the tree, as in MuZero."""
+    """By the smallest and largest Q that was ever backed up in the tree, as in MuZero.
+
+    What was freed when the root moved still counts: the range only widens.
+    """
 
     def __init__(self) -> None:
         self.low = float("inf")
