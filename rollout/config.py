@@ -139,6 +139,8 @@ class SearchConfig(_Section):
     """PUCT's value of an unvisited action: 0 after normalisation, or the parent's value reduced."""
     first_play_reduction: Annotated[float, Field(ge=0)] = 0.2
     """The parent's value is reduced by this times the root of the visited actions' prior mass."""
+    tie_noise: Annotated[float, Field(ge=0)] = 0.0
+    """UCT and PUCT: ties are broken by noise of this size (mctx has 1e-7); 0: by the order of actions."""
     dirichlet_alpha: Annotated[float, Field(gt=0)] = 0.3
     """Concentration of the noise on the root's prior."""
     dirichlet_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0

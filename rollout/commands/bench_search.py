@@ -13,7 +13,7 @@ import heapq
 import random
 import tracemalloc
 from collections.abc import Iterator
-from statistics import fmean
+from statistics import median
 from time import process_time
 
 from rollout.commands.bench_models import TableModel, run_search
@@ -95,29 +95,53 @@ def _rate(lake: TableModel, algorithm: str) -> float:
 
 
 def _growth() -> Iterator[BenchRow]:
-    """Cost at 100,000 nodes against 1,000, in blocks that take turns, so that load hits both alike."""
+    """Cost at 100,000 nodes against 1,000, in blocks that take turns, so that load hits all alike.
+
+    A simulation costs F + s·d, with d the steps of its path, which grow with the logarithm of the tree. F and
+    s are solved for from trees of 100 and of 1,000 nodes, both of which a processor's caches hold. What is
+    left of the growth is memory that is further away.
+    """
     large = _noise_search()
     _grow(large, 100_000)
-    whole: list[float] = []
-    by_step: list[float] = []
-    depths: list[tuple[float, float]] = []
+    turns: list[tuple[float, ...]] = []
     for _ in range(15):
-        small = _noise_search()
-        _grow(small, 750)
-        (small_s, small_depth), (large_s, large_depth) = _timed(small, 500), _timed(large, 500)
-        whole.append(large_s / small_s)
-        by_step.append(large_s / large_depth / (small_s / small_depth))
-        depths.append((small_depth, large_depth))
-    small_depth, large_depth = fmean(d[0] for d in depths), fmean(d[1] for d in depths)
+        (tiny_s, tiny_d), (small_s, small_d) = _fresh(100, 150), _fresh(750, 500)
+        large_s, large_d = _timed(large, 500)
+        turns.append((tiny_s, tiny_d, small_s, small_d, large_s, large_d))
+    tiny_s, tiny_d, small_s, small_d, large_s, large_d = (
+        median(column) for column in zip(*turns, strict=True)
+    )
+    step_s = (small_s - tiny_s) / (small_d - tiny_d)
+    fixed_s = small_s - step_s * small_d
+    by_depth = (fixed_s + step_s * large_d) / small_s
     yield BenchRow.of(
-        "cost per step of a path, 100,000 nodes against 1,000",
-        by_step,
+        "cost of a simulation, 100,000 nodes against 1,000",
+        [turn[4] / turn[2] for turn in turns],
         "x",
         subject="core",
         target=at_most(1.3),
-        note=f"UCT, 16 actions, random values; paths of {large_depth:.1f} steps against {small_depth:.1f}",
+        note=f"UCT, 16 actions, random values; paths of {large_d:.1f} steps against {small_d:.1f}",
     )
-    yield BenchRow.of("the same per simulation, longer paths included", whole, "x", subject="core")
+    parts = (
+        (
+            "of which longer paths",
+            by_depth,
+            "x",
+            f"F + s·d; 1.3 would need s = {0.3 * fixed_s * 1e6 / (large_d - 1.3 * small_d):.1f} µs",
+        ),
+        ("of which memory further away", large_s / small_s / by_depth, "x", "the rest"),
+        ("fixed cost of a simulation, F", fixed_s * 1e6, "µs", "the trial, its outcome, the new node"),
+        ("cost of a step, s", step_s * 1e6, "µs", "16 scores, and counts and values on the way down and up"),
+    )
+    for name, value, unit, note in parts:
+        yield BenchRow(name=name, unit=unit, value=value, samples=len(turns), subject="core", note=note)
+
+
+def _fresh(nodes: int, simulations: int) -> tuple[float, float]:
+    """As `_timed`, of a new tree that has grown to a size."""
+    search = _noise_search()
+    _grow(search, nodes)
+    return _timed(search, simulations)
 
 
 def _noise_search() -> Search:

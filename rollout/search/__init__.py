@@ -3,7 +3,7 @@
 In the order of reading:
 
     base          the contract: ask for trials, be told their outcomes
-    tree          nodes, edges and outcomes as parallel columns
+    tree          nodes, edges and outcomes as parallel columns            rows, column
     tree_search   the state machine: waves, retries, what is in flight
     descend       one simulation's way down          select, widening, normalise
     attach        what a branch led to becomes a node

@@ -106,9 +106,10 @@ class TreePolicyAlgorithm:
 
 def add_root_noise(tree: Tree, alpha: float, fraction: float, rng: np.random.Generator) -> None:
     """P(a) ← (1−ε)·P(a) + ε·η(a) with η ~ Dir(α) over the legal actions of the root (AlphaZero)."""
-    first = tree.first_slot[0]
-    legal = [first + action for action, edge in enumerate(tree.edges(0)) if edge != ILLEGAL]
+    legal = [action for action, edge in enumerate(tree.edges(0)) if edge != ILLEGAL]
     if not legal:
         return
-    for slot, noise in zip(legal, rng.dirichlet([alpha] * len(legal)), strict=True):
+    first = tree.expand(0)
+    for action, noise in zip(legal, rng.dirichlet([alpha] * len(legal)), strict=True):
+        slot = first + action
         tree.priors[slot] = (1.0 - fraction) * tree.priors[slot] + fraction * float(noise)

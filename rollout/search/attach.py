@@ -101,7 +101,7 @@ def make_root(tree: Tree, info: NodeInfo) -> None:
     """
     check_node(info, is_final=False)
     _add_node(tree, Outcome(0.0, info), 0, 0)
-    tree.visits[0] = tree.evaluations[0] = 1
+    tree.visits[0] = tree.begun[0] = tree.evaluations[0] = 1
     tree.value[0] = tree.raw_value[0] = float(info.value)
 
 

@@ -68,20 +68,22 @@ class MeanBackward:
     ) -> None:
         """G ← R + γ·G; V ← V + (G − V)/N."""
         visits, values = tree.visits, tree.value
-        edge_visits, edge_values, edge_node = tree.edge_visits, tree.edge_value, tree.edge_node
+        edge_visits, edge_node = tree.edge_visits, tree.edge_node
+        slot_values, edge_slot = tree.slot_value, tree.edge_slot
         rewards, discounts, outcome_visits = tree.outcome_reward, tree.outcome_discount, tree.outcome_visits
         _evaluate(tree, leaf, value)
-        n = visits[leaf] = visits[leaf] + 1
-        values[leaf] += (value - values[leaf]) / n
-        for depth in range(len(edges) - 1, -1, -1):
-            edge, outcome = edges[depth], outcomes[depth]
+        values[leaf] += (value - values[leaf]) / visits[leaf]
+        for edge, outcome in zip(reversed(edges), reversed(outcomes), strict=True):
             value = rewards[outcome] + discounts[outcome] * value
             outcome_visits[outcome] += 1
             n = edge_visits[edge] = edge_visits[edge] + 1
-            edge_values[edge] += (value - edge_values[edge]) / n
+            slot = edge_slot[edge]
+            mean = slot_values[slot]
+            slot_values[slot] = mean + (value - mean) / n
             node = edge_node[edge]
             n = visits[node] = visits[node] + 1
-            values[node] += (value - values[node]) / n
+            mean = values[node]
+            values[node] = mean + (value - mean) / n
 
 
 class RecomputedBackward:
@@ -101,14 +103,13 @@ class RecomputedBackward:
     ) -> None:
         """Recomputes Q and V of every edge and node on the path, from the leaf up."""
         _evaluate(tree, leaf, value)
-        tree.visits[leaf] += 1
         self._update(tree, leaf)
         weights = tree.outcome_draws if self._by_draws else tree.outcome_visits
         for depth in range(len(edges) - 1, -1, -1):
             edge = edges[depth]
             tree.outcome_visits[outcomes[depth]] += 1
             tree.edge_visits[edge] += 1
-            tree.edge_value[edge] = _edge_value(tree, edge, weights)
+            tree.slot_value[tree.edge_slot[edge]] = _edge_value(tree, edge, weights)
             node = tree.edge_node[edge]
             tree.visits[node] += 1
             self._update(tree, node)
@@ -122,11 +123,12 @@ def mean_value(tree: Tree, node: int) -> float:
     """(E·v̂ + Σ N(s,a)·Q(s,a)) / (E + Σ N(s,a)), with E evaluations of mean v̂."""
     total = evaluations = tree.evaluations[node]
     weighted = evaluations * tree.raw_value[node]
-    for edge in tree.edges(node):
+    visits = tree.edge_visits
+    for edge, q in zip(tree.edges(node), tree.action_values(node), strict=True):
         if edge >= 0:
-            n = tree.edge_visits[edge]
+            n = visits[edge]
             total += n
-            weighted += n * tree.edge_value[edge]
+            weighted += n * q
     return weighted / total
 
 
@@ -141,11 +143,11 @@ def max_value(evaluation_weight: float = 0.0) -> ValueRule:
     def rule(tree: Tree, node: int) -> float:
         raw = tree.raw_value[node]
         weighted = evaluation_weight * raw
-        slots = tree.edges(node)
-        best = raw if evaluation_weight and UNTRIED in slots else float("-inf")
-        for edge in slots:
-            if edge >= 0 and (n := tree.edge_visits[edge]):
-                q = (n * tree.edge_value[edge] + weighted) / (n + evaluation_weight)
+        edges, visits = tree.edges(node), tree.edge_visits
+        best = raw if evaluation_weight and UNTRIED in edges else float("-inf")
+        for edge, value in zip(edges, tree.action_values(node), strict=True):
+            if edge >= 0 and (n := visits[edge]):
+                q = (n * value + weighted) / (n + evaluation_weight)
                 if q > best:
                     best = q
         return best if best > float("-inf") else raw
@@ -168,6 +170,9 @@ def mixed_value(weight: float, highest: ValueRule) -> ValueRule:
 
 
 def _evaluate(tree: Tree, leaf: int, value: float) -> None:
+    """Counts one more simulation that ended in `leaf`, and its evaluation."""
+    tree.visits[leaf] += 1
+    tree.begun[leaf] += 1
     n = tree.evaluations[leaf] + 1
     tree.evaluations[leaf] = n
     tree.raw_value[leaf] += (value - tree.raw_value[leaf]) / n

@@ -105,7 +105,7 @@ class Revision:
     def __call__(self) -> Expansion:
         """An action in the newest state."""
         tree = self._tree
-        if tree.in_flight[0]:
+        if tree.begun[0] > tree.visits[0]:
             return None
         node = len(tree) - 1
         while node != NONE:
@@ -162,7 +162,7 @@ class Beam:
             for node in self._beam:
                 if _is_expandable(tree, node, self._branching):
                     return node, next_untried(tree, node)
-            if tree.in_flight[0]:
+            if tree.begun[0] > tree.visits[0]:
                 return None
             reached = [
                 tree.outcome_node[outcome]

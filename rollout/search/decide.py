@@ -1,12 +1,13 @@
 """Decide: the move to play, and the policy to train towards, once a search is done.
 
-Where the root is proven, an action that proves it is played; one that is proven lost only when all are. Ties
+Where the root is proven, an action that proves it is played; one that is proven lost only when all are, also
+where the move is drawn. Ties
 go by the seed, so that no action is preferred where nothing is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +21,11 @@ from rollout.types import derive_seed
 __all__ = [
     "MoveRule",
     "best_action",
+    "lost_actions",
     "sample_action",
     "tempered",
     "tree_returns",
+    "unless_lost",
     "visit_distribution",
     "visit_target",
 ]
@@ -50,7 +53,7 @@ class MoveRule:
         if self.temperature == 0.0 or tree.flags[0] & PROVEN:
             return best
         rng = np.random.default_rng(derive_seed(seed, "move"))
-        return sample_action(tree.action_visits(0), self.temperature, rng)
+        return sample_action(unless_lost(tree.action_visits(0), lost_actions(tree)), self.temperature, rng)
 
 
 def best_action(tree: Tree, by: Literal["visits", "value"], seed: int) -> int:
@@ -72,6 +75,17 @@ def best_action(tree: Tree, by: Literal["visits", "value"], seed: int) -> int:
     if not scores:
         raise SearchError("no branch at the root has an outcome: all failed, or none was told yet")
     return max(scores)[-1]
+
+
+def lost_actions(tree: Tree) -> set[int]:
+    """The root's actions that are proven to be lost."""
+    return {a for a, edge in enumerate(tree.edges(0)) if edge >= 0 and tree.edge_state[edge] == LOST}
+
+
+def unless_lost(visits: Sequence[int], lost: Set[int]) -> list[int]:
+    """Visits, with none for lost actions; all of them where no other was visited."""
+    kept = [0 if action in lost else n for action, n in enumerate(visits)]
+    return kept if any(kept) else list(visits)
 
 
 def sample_action(visits: Sequence[int], temperature: float, rng: np.random.Generator) -> int:

@@ -35,20 +35,24 @@ def descend(tree: Tree, select: Selector, drawing: Drawing) -> Path | None:
     """Walks down from the root by the tree policy; None when every way is blocked or the root is a leaf."""
     edges: list[int] = []
     outcomes: list[int] = []
-    node, flags = 0, tree.flags
+    node, flags, outcome_node = 0, tree.flags, tree.outcome_node
+    slots, first_slot, num_actions = tree.slots, tree.first_slot, tree.num_actions
     while not flags[node]:
         action = select(node)
         if action < 0:
             if action == BLOCKED:
                 return None
             break
-        edge = taken(tree, node, action)
+        first = first_slot[node]
+        edge = slots[first + action] if first != NONE and action < num_actions[node] else UNTRIED
+        if edge == UNTRIED:
+            edge = taken(tree, node, action)
         edges.append(edge)
         outcome = drawing.choose(tree, edge)
         if outcome == NONE:
             return Path(edges, outcomes, NONE)
         outcomes.append(outcome)
-        node = tree.outcome_node[outcome]
+        node = outcome_node[outcome]
     return Path(edges, outcomes, node) if edges else None
 
 

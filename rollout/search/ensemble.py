@@ -16,9 +16,10 @@ import numpy as np
 
 from rollout.errors import SearchError
 from rollout.search.base import ROOT_TRIAL, Commit, Outcome, TreeView, Trial
-from rollout.search.decide import MoveRule, sample_action
+from rollout.search.column import Column
+from rollout.search.decide import MoveRule, lost_actions, sample_action, unless_lost
 from rollout.search.seeds import branch_seed
-from rollout.search.tree import NONE, Column, Tree
+from rollout.search.tree import NONE, PROVEN, Tree
 from rollout.search.tree_search import TreeSearch
 from rollout.types import Failure, derive_seed
 
@@ -89,10 +90,16 @@ class Ensemble:
     def best(self) -> int:
         """The action with the most visits, or the largest mean value, in all members together.
 
+        What one member has proven is so for all: the proven move is played, and a lost action is not.
+
         Raises:
             SearchError: No action at the root has an outcome.
         """
-        visits = self.action_visits()
+        for member in self._members:
+            if member.tree.flags[0] & PROVEN:
+                return member.best()
+        lost = set[int]().union(*(lost_actions(member.tree) for member in self._members))
+        visits = unless_lost(self.action_visits(), lost)
         if not any(visits):
             raise SearchError("no branch at the root has an outcome: all failed, or none was told yet")
         if self._move.temperature:

@@ -24,7 +24,7 @@ from rollout.search.ensemble import Ensemble
 from rollout.search.gumbel import Gumbel, GumbelConstants
 from rollout.search.normalise import Normaliser, SiblingNormaliser, TreeNormaliser, no_normalisation
 from rollout.search.prove import ProvingBackward
-from rollout.search.select import PuctSelector, Selector, UctSelector, VirtualLoss
+from rollout.search.select import PuctSelector, Selector, TieNoise, UctSelector, VirtualLoss
 from rollout.search.tree import Tree
 from rollout.search.tree_search import Limits, TreeSearch
 from rollout.search.widening import ActionWidening, SingleOutcome, WideningDraws
@@ -67,7 +67,7 @@ def _make_one(config: SearchConfig, root: NodeInfo, seed: int) -> TreeSearch:
     make_root(tree, root)
     drawing = _drawing(config)
     normaliser = _normaliser(config, tree)
-    algorithm = _algorithm(config, tree, normaliser, drawing)
+    algorithm = _algorithm(config, tree, normaliser, drawing, seed)
     backward = _backward(config, normaliser)
     if isinstance(algorithm, AdaptiveBranching):
         backward = ScoringBackward(backward, algorithm)
@@ -91,7 +91,11 @@ def _make_one(config: SearchConfig, root: NodeInfo, seed: int) -> TreeSearch:
 
 
 def _algorithm(
-    config: SearchConfig, tree: Tree, normaliser: Normaliser, drawing: SingleOutcome | WideningDraws
+    config: SearchConfig,
+    tree: Tree,
+    normaliser: Normaliser,
+    drawing: SingleOutcome | WideningDraws,
+    seed: int,
 ) -> Algorithm:
     noise = (config.dirichlet_alpha, config.dirichlet_fraction)
     move = _move_rule(config)
@@ -112,19 +116,21 @@ def _algorithm(
         case "breadth_first":
             return Baseline(tree, move, BreadthFirst(tree, config.branching))
         case _:
-            return TreePolicyAlgorithm(tree, _selector(config, tree, normaliser), drawing, move, noise)
+            select = _selector(config, tree, normaliser, seed)
+            return TreePolicyAlgorithm(tree, select, drawing, move, noise)
 
 
-def _selector(config: SearchConfig, tree: Tree, normaliser: Normaliser) -> Selector:
+def _selector(config: SearchConfig, tree: Tree, normaliser: Normaliser, seed: int) -> Selector:
     widening = ActionWidening(config.action_k, config.action_alpha)
     virtual_loss = None
     if config.in_flight == "virtual_loss":
         virtual_loss = VirtualLoss(config.return_bounds[0] if config.return_bounds else None)
+    tie_noise = TieNoise(config.tie_noise, derive_seed(seed, "ties")) if config.tie_noise else None
     if config.algorithm == "uct":
-        return UctSelector(tree, config.exploration, normaliser, widening, virtual_loss)
+        return UctSelector(tree, config.exploration, normaliser, widening, virtual_loss, tie_noise)
     reduction = config.first_play_reduction if config.first_play == "parent" else None
     return PuctSelector(
-        tree, config.pb_c_init, config.pb_c_base, normaliser, widening, reduction, virtual_loss
+        tree, config.pb_c_init, config.pb_c_base, normaliser, widening, reduction, virtual_loss, tie_noise
     )
 
 

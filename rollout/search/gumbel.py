@@ -25,7 +25,7 @@ from rollout.search.algorithm import add_root_noise
 from rollout.search.base import OPEN_ENDED, Outcome
 from rollout.search.descend import Path, descend
 from rollout.search.select import BLOCKED, DEAD
-from rollout.search.tree import GIVEN_UP, ILLEGAL, LOST, PENDING, PROVEN, SETTLED, UNTRIED, Tree
+from rollout.search.tree import ILLEGAL, PENDING, PROVEN, SETTLED, UNTRIED, Tree
 from rollout.search.widening import Drawing
 from rollout.types import derive_seed
 
@@ -73,7 +73,7 @@ class Gumbel:
         self._drawing = drawing
         self._constants = constants
         self._noise = noise
-        self._gumbel: list[float] = []
+        self._noisy_logits: list[float] = []
         self._carried: list[int] = []
         self._schedule: Sequence[int] = ()
 
@@ -91,7 +91,10 @@ class Gumbel:
         alpha, fraction = self._noise
         if fraction:
             add_root_noise(tree, alpha, fraction, rng)
-        self._gumbel = (self._constants.scale * rng.gumbel(size=tree.num_actions[0])).tolist()
+        gumbel: list[float] = (self._constants.scale * rng.gumbel(size=tree.num_actions[0])).tolist()
+        self._noisy_logits = [
+            g + log(max(prior, TINY)) for g, prior in zip(gumbel, tree.node_priors(0), strict=True)
+        ]
         self._carried = tree.action_visits(0)
         num_legal = sum(edge != ILLEGAL for edge in tree.edges(0))
         self._schedule = considered_visits(min(self._constants.considered_actions, num_legal), simulations)
@@ -137,14 +140,11 @@ class Gumbel:
 
     def _select_root(self) -> int:
         """The best considered action among those whose visits equal the scheduled count."""
-        tree = self._tree
+        tree, states = self._tree, self._tree.edge_state
         edges = tree.edges(0)
-        counts = [
-            (tree.edge_visits[edge] + tree.edge_in_flight[edge] if edge >= 0 else 0) - carried
-            for edge, carried in zip(edges, self._carried, strict=True)
-        ]
+        counts = [begun - carried for begun, carried in zip(tree.action_begun(0), self._carried, strict=True)]
         left = [
-            a for a, edge in enumerate(edges) if edge != ILLEGAL and not _is_in(tree, edge, GIVEN_UP, LOST)
+            a for a, edge in enumerate(edges) if edge == UNTRIED or (edge >= 0 and states[edge] <= PENDING)
         ]
         if not left:
             return DEAD
@@ -155,38 +155,31 @@ class Gumbel:
             due = [a for a in left if counts[a] == fewest]
         scores = self._scores()
         best = max(due, key=scores.__getitem__)
-        return BLOCKED if _is_in(tree, edges[best], PENDING) else best
+        return BLOCKED if edges[best] >= 0 and states[edges[best]] == PENDING else best
 
     def _select_interior(self, node: int) -> int:
         """Argmax of π'(a) − N(a)/(1+ΣN)."""
-        tree = self._tree
-        edges = tree.edges(node)
-        counts = [tree.edge_visits[edge] + tree.edge_in_flight[edge] if edge >= 0 else 0 for edge in edges]
+        tree, states = self._tree, self._tree.edge_state
+        counts = tree.action_begun(node)
         share = 1.0 / (1 + sum(counts))
+        policy = improved_policy(tree, node, self._constants)
         best, best_score, none_left = -1, -inf, DEAD
-        for action, probability in enumerate(improved_policy(tree, node, self._constants)):
-            edge = edges[action]
-            if edge == ILLEGAL or (edge >= 0 and tree.edge_state[edge] > SETTLED):
-                if _is_in(tree, edge, PENDING):
+        for action, edge in enumerate(tree.edges(node)):
+            if edge == ILLEGAL or (edge >= 0 and states[edge] > SETTLED):
+                if edge >= 0 and states[edge] == PENDING:
                     none_left = BLOCKED
                 continue
-            score = probability - counts[action] * share
+            score = policy[action] - counts[action] * share
             if score > best_score:
                 best, best_score = action, score
         return best if best >= 0 else none_left
 
     def _scores(self) -> list[float]:
         """The sum g + logit + σ(q̂) of every root action; −inf where it is illegal."""
-        tree = self._tree
+        bonus = sigma(self._tree, 0, self._constants)
         return [
-            -inf if edge == ILLEGAL else g + log(max(prior, TINY)) + s
-            for edge, g, prior, s in zip(
-                tree.edges(0),
-                self._gumbel,
-                tree.node_priors(0),
-                sigma(tree, 0, self._constants),
-                strict=True,
-            )
+            -inf if edge == ILLEGAL else logit + b
+            for edge, logit, b in zip(self._tree.edges(0), self._noisy_logits, bonus, strict=True)
         ]
 
 
@@ -214,14 +207,24 @@ def considered_visits(num_considered: int, num_simulations: int) -> tuple[int, .
 
 def sigma(tree: Tree, node: int, constants: GumbelConstants) -> list[float]:
     """σ of the completed and rescaled values: (c_visit + max N)·c_scale·q̂, one per action; 0 if illegal."""
+    visits, values = tree.action_visits(node), tree.action_values(node)
+    if tree.num_unready[node]:
+        return _sigma_of_some(tree, node, visits, values, constants)
+    low = min(values)
+    factor = (constants.c_visit + max(visits)) * constants.c_scale / max(max(values) - low, EPSILON)
+    return [(q - low) * factor for q in values]
+
+
+def _sigma_of_some(
+    tree: Tree, node: int, visits: Sequence[int], values: Sequence[float], constants: GumbelConstants
+) -> list[float]:
+    """σ where some actions may be unvisited or illegal."""
     edges = tree.edges(node)
-    values, visits = tree.edge_value, tree.edge_visits
-    mixed = _mixed_value(tree, node)
-    completed = [values[edge] if edge >= 0 and visits[edge] else mixed for edge in edges]
+    mixed = _mixed_value(tree.raw_value[node], visits, values, tree.node_priors(node))
+    completed = [q if n else mixed for n, q in zip(visits, values, strict=True)]
     legal = [q for q, edge in zip(completed, edges, strict=True) if edge != ILLEGAL]
     low = min(legal)
-    most = max((visits[edge] for edge in edges if edge >= 0), default=0)
-    factor = (constants.c_visit + most) * constants.c_scale / max(max(legal) - low, EPSILON)
+    factor = (constants.c_visit + max(visits)) * constants.c_scale / max(max(legal) - low, EPSILON)
     return [0.0 if edge == ILLEGAL else (q - low) * factor for q, edge in zip(completed, edges, strict=True)]
 
 
@@ -241,19 +244,15 @@ def improved_policy(tree: Tree, node: int, constants: GumbelConstants) -> list[f
     return [w / total for w in weights]
 
 
-def _mixed_value(tree: Tree, node: int) -> float:
+def _mixed_value(
+    raw_value: float, visits: Sequence[int], values: Sequence[float], priors: Sequence[float]
+) -> float:
     """v_mix = (v̂ + ΣN·Σ_vis πq / Σ_vis π) / (1 + ΣN)."""
-    total, mass, weighted = 0, 0.0, 0.0
-    for edge, prior in zip(tree.edges(node), tree.node_priors(node), strict=True):
-        if edge >= 0 and tree.edge_visits[edge]:
+    mass, weighted = 0.0, 0.0
+    for n, q, prior in zip(visits, values, priors, strict=True):
+        if n:
             p = max(prior, TINY)
-            total += tree.edge_visits[edge]
             mass += p
-            weighted += p * tree.edge_value[edge]
-    if not total:
-        return tree.raw_value[node]
-    return (tree.raw_value[node] + total * weighted / mass) / (1 + total)
-
-
-def _is_in(tree: Tree, edge: int, *states: int) -> bool:
-    return edge != UNTRIED and edge != ILLEGAL and tree.edge_state[edge] in states
+            weighted += p * q
+    total = sum(visits)
+    return (raw_value + total * weighted / mass) / (1 + total) if total else raw_value

@@ -5,6 +5,7 @@ A normaliser gives (low, scale) for a node; it reads the tree and changes nothin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from rollout.search.tree import Tree
@@ -38,18 +39,22 @@ class SiblingNormaliser:
         """The range at the node itself; an unvisited action has q̂ = 0, which is its low end."""
         tree = self._tree
         low = high = tree.value[node]
-        for edge in tree.edges(node):
-            if edge >= 0 and tree.edge_visits[edge]:
-                q = tree.edge_value[edge]
-                if q < low:
-                    low = q
-                elif q > high:
-                    high = q
+        values: Sequence[float] = tree.action_values(node)
+        if tree.num_unready[node]:
+            values = [q for q, n in zip(values, tree.action_visits(node), strict=True) if n]
+        for q in values:
+            if q < low:
+                low = q
+            elif q > high:
+                high = q
         return low, 1.0 / max(high - low, EPSILON)
 
 
 class TreeNormaliser:
-    """By the smallest and largest Q that was ever backed up in the tree, as in MuZero."""
+    """By the smallest and largest Q that was ever backed up in the tree, as in MuZero.
+
+    What was freed when the root moved still counts: the range only widens.
+    """
 
     def __init__(self) -> None:
         self.low = float("inf")

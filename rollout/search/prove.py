@@ -42,9 +42,9 @@ class ProvingBackward:
             if not tree.flags[node] & PROVEN:
                 return
             q = _proven_value(tree, edge)
-            tree.edge_value[edge] = q
+            tree.slot_value[tree.edge_slot[edge]] = q
             if q <= self._low:
-                tree.edge_state[edge] = LOST
+                tree.set_state(edge, LOST)
             node = tree.edge_node[edge]
             self._prove(tree, node)
 

@@ -22,7 +22,9 @@ def reroot(tree: Tree, root: int) -> None:
     for node in nodes:
         _copy_node(tree, kept, node, tree.depth[node] - tree.depth[root], new_edge)
     for edge in edges:
-        kept.edge_node.append(new_node[tree.edge_node[edge]])
+        node = tree.edge_node[edge]
+        kept.edge_node.append(new_node[node])
+        kept.edge_slot.append(tree.edge_slot[edge] - tree.first_slot[node] + kept.first_slot[new_node[node]])
         kept.edge_outcome.append(new_outcome[tree.edge_outcome[edge]])
     for outcome in outcomes:
         node = new_node[tree.outcome_node[outcome]]
@@ -31,8 +33,7 @@ def reroot(tree: Tree, root: int) -> None:
         kept.outcome_next.append(new_outcome[tree.outcome_next[outcome]])
         if kept.entry[node] == NONE:  # rows ascend by age, so the first is the oldest that is left
             kept.entry[node] = new_outcome[outcome]
-    _pick(tree, kept, edges, "edge_visits", "edge_value", "edge_in_flight", "edge_action")
-    _pick(tree, kept, edges, "edge_draws", "edge_state")
+    _pick(tree, kept, edges, "edge_visits", "edge_draws", "edge_state")
     _pick(tree, kept, outcomes, "outcome_draws", "outcome_visits", "outcome_reward", "outcome_discount")
     kept.trial[0] = ROOT_TRIAL
     vars(tree).update(vars(kept))
@@ -64,14 +65,20 @@ def _copy_node(tree: Tree, kept: Tree, node: int, depth: int, new_edge: dict[int
         state_hash=tree.state_hash[node],
         trial=tree.trial[node],
     )
-    kept.visits[copy] = tree.visits[node]
+    kept.visits[copy] = kept.begun[copy] = tree.visits[node]
     kept.value[copy] = tree.value[node]
     kept.raw_value[copy] = tree.raw_value[node]
     kept.evaluations[copy] = tree.evaluations[node]
     kept.num_actions[copy] = tree.num_actions[node]
+    kept.num_unready[copy] = tree.num_unready[node]
     first, room = tree.first_slot[node], tree.room(node)
+    if first == NONE:
+        return
+    kept.first_slot[copy] = len(kept.slots)
     kept.slots.extend(new_edge.get(edge, edge) for edge in tree.slots[first : first + room])
     kept.priors.extend(tree.priors[first : first + room])
+    kept.slot_value.extend(tree.slot_value[first : first + room])
+    kept.slot_begun.extend(tree.slot_begun[first : first + room])
 
 
 def _pick(tree: Tree, kept: Tree, rows: list[int], *columns: str) -> None:

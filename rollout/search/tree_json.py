@@ -2,6 +2,8 @@
 
 Invariant: `tree_from_json(tree_to_json(tree))` equals `tree` column by column, to the bit.
 
+What follows from other columns (`parent`, `begun`, `num_unready`, ...) is not written.
+
 Not guaranteed: that a search can go on from it. What was in flight, and the random choices of an algorithm,
 are not part of a tree; only one at rest can be written.
 """
@@ -15,15 +17,16 @@ from math import isfinite
 from typing import Any, cast
 
 from rollout.errors import SearchError
-from rollout.search.tree import ILLEGAL, NONE, Tree
+from rollout.search.tree import ILLEGAL, NONE, SETTLED, Tree
 
 __all__ = ["tree_from_json", "tree_to_json"]
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 had columns of what is in flight besides, all zeros, which are passed over."""
 NODE_COLUMNS = (
     "visits",
     "value",
-    "in_flight",
     "raw_value",
     "evaluations",
     "depth",
@@ -39,7 +42,6 @@ SLOT_COLUMNS = ("slots", "priors")
 EDGE_COLUMNS = (
     "edge_visits",
     "edge_value",
-    "edge_in_flight",
     "edge_outcome",
     "edge_node",
     "edge_action",
@@ -64,7 +66,7 @@ def tree_to_json(tree: Tree) -> str:
     Raises:
         SearchError: Trials are in flight.
     """
-    if any(tree.in_flight):
+    if tree.begun != tree.visits:
         raise SearchError("a tree with trials in flight cannot be written")
     columns = {name: list(getattr(tree, name)) for table in TABLES for name in table}
     return json.dumps({"version": VERSION, **columns}, allow_nan=False)
@@ -83,24 +85,27 @@ def tree_from_json(text: str) -> Tree:
     if not isinstance(data, dict):
         raise SearchError("a tree's JSON must be an object")
     columns = cast("Mapping[str, Any]", data)
-    if columns.get("version") != VERSION:
-        raise SearchError(f"a tree of version {columns.get('version')!r}; this library reads {VERSION}")
+    if columns.get("version") not in READABLE:
+        raise SearchError(f"a tree of version {columns.get('version')!r}; this library reads up to {VERSION}")
     tree = Tree()
+    values, actions = array("d"), array("i")
+    filled: dict[str, Any] = {**vars(tree), "edge_value": values, "edge_action": actions}
     for table in TABLES:
         for name in table:
-            _fill(tree, name, columns.get(name))
-        if len({len(getattr(tree, name)) for name in table}) != 1:
+            _fill(filled[name], name, columns.get(name))
+        if len({len(filled[name]) for name in table}) != 1:
             raise SearchError(f"a tree's columns {', '.join(table)} must have equal lengths")
     _check_references(tree)
+    _place_edges(tree, actions, values)
+    _derive(tree)
     return tree
 
 
-def _fill(tree: Tree, name: str, values: object) -> None:
+def _fill(column: Any, name: str, values: object) -> None:
     """Fills one column, whose type checks each entry."""
     if not isinstance(values, list):
         raise SearchError(f"a tree's JSON has no column {name!r}")
     entries = cast("list[Any]", values)
-    column: Any = getattr(tree, name)
     try:
         if isinstance(column, array | bytearray):
             column.extend(entries)
@@ -113,6 +118,31 @@ def _fill(tree: Tree, name: str, values: object) -> None:
         raise SearchError.wrap(error, f"column {name!r} of a tree") from error
     if any(isinstance(entry, float) and not isfinite(entry) for entry in column):
         raise SearchError(f"column {name!r} of a tree has an entry that is not finite")
+
+
+def _place_edges(tree: Tree, actions: array[int], values: array[float]) -> None:
+    """Puts what is written by edge into the slots."""
+    tree.slot_value.frombytes(bytes(8 * len(tree.slots)))
+    tree.slot_begun.frombytes(bytes(4 * len(tree.slots)))
+    for edge, (node, action, value) in enumerate(zip(tree.edge_node, actions, values, strict=True)):
+        if not (0 <= action < tree.num_actions[node] and tree.edge(node, action) == edge):
+            raise SearchError(f"edge {edge} of a tree is not in the slot of its action {action}")
+        slot = tree.first_slot[node] + action
+        tree.edge_slot.append(slot)
+        tree.slot_value[slot] = value
+        tree.slot_begun[slot] = tree.edge_visits[edge]
+
+
+def _derive(tree: Tree) -> None:
+    """Fills the columns that are not written, because at rest they follow from the others."""
+    tree.begun.extend(tree.visits)
+    for node, count in enumerate(tree.num_actions):
+        ready = sum(
+            tree.edge_outcome[edge] != NONE and tree.edge_state[edge] <= SETTLED
+            for edge in tree.edges(node)
+            if edge >= 0
+        )
+        tree.num_unready.append(count + tree.open_ended[node] - ready)
 
 
 def _check_references(tree: Tree) -> None:
@@ -134,7 +164,7 @@ def _check_references(tree: Tree) -> None:
             raise SearchError(f"column {name!r} of a tree names a row that does not exist")
     for node in range(len(tree)):
         first = tree.first_slot[node]
-        if not 0 <= first <= first + tree.num_actions[node] <= len(tree.slots):
+        if first != NONE and not 0 <= first <= first + tree.num_actions[node] <= len(tree.slots):
             raise SearchError(f"the slots of node {node} of a tree do not exist")
     if any(following >= row for row, following in enumerate(tree.outcome_next)):
         raise SearchError("column 'outcome_next' of a tree runs in a circle")

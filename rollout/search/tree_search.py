@@ -280,6 +280,7 @@ class TreeSearch:
                 self._exhausted = not self._num_unresolved
                 return
             self._num_started += 1
+            self._begin(path, 1)
             if path.leaf != NONE:
                 self._backup(path, self._leaf_value(path.leaf))
                 continue
@@ -289,16 +290,22 @@ class TreeSearch:
                 return
             self._wave.append(slot)
 
+    def _begin(self, path: Path, count: int) -> None:
+        """Counts simulations along a path as begun; -1 takes one back."""
+        tree = self._tree
+        begun, edge_node, slot_begun, edge_slot = tree.begun, tree.edge_node, tree.slot_begun, tree.edge_slot
+        for edge in path.edges:
+            slot_begun[edge_slot[edge]] += count
+            begun[edge_node[edge]] += count
+
     def _start(self, path: Path) -> _Slot:
-        """Counts a path as in flight."""
+        """The branch at the end of a path."""
         tree, edge = self._tree, path.edges[-1]
-        for passed in path.edges:
-            tree.edge_in_flight[passed] += 1
-            tree.in_flight[tree.edge_node[passed]] += 1
-        node, action, draw = tree.edge_node[edge], tree.edge_action[edge], tree.edge_draws[edge]
+        node, draw = tree.edge_node[edge], tree.edge_draws[edge]
+        action = tree.edge_slot[edge] - tree.first_slot[node]
         tree.edge_draws[edge] = draw + 1
         if self._drawing.is_waiting(tree, edge):
-            tree.edge_state[edge] = PENDING
+            tree.set_state(edge, PENDING)
         self._num_unresolved += 1
         salt = 0 if self._limits.common_random_numbers else action
         return _Slot(path, tree.trial[node], action, branch_seed(self._seed, node, salt, draw))
@@ -318,19 +325,17 @@ class TreeSearch:
         return Trial(slot.trial_id, slot.source, slot.action, slot.seed, len(slot.path.edges))
 
     def _commit(self, slot: _Slot) -> Commit:
-        """Takes a path out of flight, and its outcome into the tree."""
+        """Takes an outcome into the tree, or a path that failed back."""
         tree, path = self._tree, slot.path
-        for passed in path.edges:
-            tree.edge_in_flight[passed] -= 1
-            tree.in_flight[tree.edge_node[passed]] -= 1
         self._num_unresolved -= 1
         edge = path.edges[-1]
         if not isinstance(slot.result, Outcome):
             self._counts["given_up"] += 1
-            tree.edge_state[edge] = GIVEN_UP if tree.edge_outcome[edge] == NONE else SETTLED
+            self._begin(path, -1)
+            tree.set_state(edge, GIVEN_UP if tree.edge_outcome[edge] == NONE else SETTLED)
             return Commit(slot.trial_id, None, False)
         attached = self._attacher.attach(edge, slot.result, slot.trial_id)
-        tree.edge_state[edge] = SETTLED if tree.edge_state[edge] in (GIVEN_UP, SETTLED) else OPEN
+        tree.set_state(edge, SETTLED if tree.edge_state[edge] in (GIVEN_UP, SETTLED) else OPEN)
         path.outcomes.append(attached)
         path.leaf = tree.outcome_node[attached]
         is_new = tree.trial[path.leaf] == slot.trial_id

@@ -46,8 +46,7 @@ class ActionWidening:
                 return True
             k, alpha = 1.0, 0.5
         num_tried = sum(edge >= 0 for edge in tree.edges(node))
-        n = tree.visits[node] + tree.in_flight[node]
-        return num_tried == 0 or num_tried < k * n**alpha
+        return num_tried == 0 or num_tried < k * tree.begun[node] ** alpha
 
 
 class Drawing(Protocol):
@@ -71,7 +70,7 @@ class SingleOutcome:
 
     def is_waiting(self, tree: Tree, edge: int) -> bool:
         """While the branch is in flight."""
-        return tree.edge_outcome[edge] == NONE and tree.edge_in_flight[edge] > 0
+        return tree.edge_outcome[edge] == NONE and tree.slot_begun[tree.edge_slot[edge]] > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +82,15 @@ class WideningDraws:
 
     def choose(self, tree: Tree, edge: int) -> int:
         """A stored outcome in proportion to its draws, unless a fresh branch is due."""
-        n = tree.edge_visits[edge] + tree.edge_in_flight[edge]
+        n = tree.slot_begun[tree.edge_slot[edge]]
         if tree.edge_state[edge] != SETTLED and self._is_due(tree, edge, n):
             return NONE
         return _in_proportion(tree, edge, (n * GOLDEN) % 1.0)
 
     def is_waiting(self, tree: Tree, edge: int) -> bool:
         """While all its draws are in flight and no further one is due."""
-        return tree.edge_outcome[edge] == NONE and not self._is_due(tree, edge, tree.edge_in_flight[edge])
+        begun = tree.slot_begun[tree.edge_slot[edge]]
+        return tree.edge_outcome[edge] == NONE and not self._is_due(tree, edge, begun)
 
     def _is_due(self, tree: Tree, edge: int, n: int) -> bool:
         draws = tree.edge_draws[edge]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from conftest import GuestCluster
@@ -16,6 +18,7 @@ from driven_runs import CONFIG, DEADLINE_S, ROOT, Run, assert_whole, committed
 
 from rollout.config import ImageConfig
 from rollout.sandbox.engines import what_is_missing
+from rollout.trajectory import scan
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -156,6 +159,25 @@ def test_a_run_is_a_ray_job(tmp_path: Path, guest_cluster: GuestCluster, entry: 
     assert "episodes        2 of 2" in done.stdout
     [folder] = (tmp_path / "runs").iterdir()
     assert assert_whole(folder) == 2
+
+
+@pytest.mark.slow
+def test_expert_iteration_is_a_ray_job(tmp_path: Path, guest_cluster: GuestCluster) -> None:
+    command = [RAY, "job", "submit", "--address", guest_cluster.dashboard, "--working-dir", ".", "--"]
+    command += ["python", "scripts/expert_iteration.py", "--output", str(tmp_path), "--no-slippery"]
+    for name in ("iterations", "episodes", "simulations", "updates", "hidden"):
+        command += [f"--{name}", "2"]
+    environment = os.environ | guest_cluster.environment
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert [scan(run, "episodes", ["return"]).to_table().num_rows for run in runs] == [2, 2]
+    points = json.loads((tmp_path / "curve-4x4.json").read_text())["points"]
+    assert [point["iteration"] for point in points] == [0, 1, 2]
+    learnt = np.load(tmp_path / "network-0.npz")["policy"]
+    assert np.abs(learnt).max() > 0.0, "it trained on what the searches wrote"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rollout.config import SearchConfig
 from rollout.search.base import ROOT_TRIAL, Commit, NodeInfo, Outcome, Search, Trial
 from rollout.search.ensemble import Ensemble
-from rollout.search.tree import PROVEN, TERMINATED, TRUNCATED, Tree
+from rollout.search.tree import PROVEN, SETTLED, TERMINATED, TRUNCATED, Tree
 from rollout.search.tree_search import TreeSearch
 from rollout.types import Failure, derive_seed
 
@@ -109,6 +109,10 @@ def check_at_rest(tree: Tree, *, joined: bool = False) -> None:
         into[node] += tree.outcome_visits[outcome]
     for node in range(len(tree)):
         assert tree.visits[node] == tree.evaluations[node] + sum(tree.action_visits(node))
+        assert list(tree.action_begun(node)) == tree.action_visits(node)
+        edges = [edge for edge in tree.edges(node) if edge >= 0]
+        ready = [edge for edge in edges if tree.edge_visits[edge] and tree.edge_state[edge] <= SETTLED]
+        assert tree.num_unready[node] == tree.num_actions[node] + tree.open_ended[node] - len(ready)
         if node and not joined:
             assert into[node] == tree.visits[node]
         if tree.flags[node] & (TERMINATED | TRUNCATED) or (

@@ -36,6 +36,7 @@ def configs(draw: st.DrawFn, *, deterministic: bool | None = None) -> SearchConf
         backup=draw(st.sampled_from(["auto", "mean", "max", "best", "mixed", "expectation"])),
         normalise=draw(st.sampled_from(["auto", "none", "siblings", "tree"])),
         first_play=draw(st.sampled_from(["lowest", "parent"])),
+        tie_noise=draw(st.sampled_from([0.0, 1e-7])),
         in_flight=draw(st.sampled_from(["wu", "virtual_loss"])),
         return_bounds=(-20.0, 20.0),
         transpositions=algorithm in ("uct", "puct", "gumbel") and draw(st.booleans()),

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from trees import one_node
 
 from rollout.search.normalise import SiblingNormaliser, TreeNormaliser, no_normalisation
-from rollout.search.select import BLOCKED, DEAD, PuctSelector, UctSelector, VirtualLoss, next_untried
+from rollout.search.select import (
+    BLOCKED,
+    DEAD,
+    PuctSelector,
+    TieNoise,
+    UctSelector,
+    VirtualLoss,
+    next_untried,
+)
 from rollout.search.tree import GIVEN_UP, LOST, PENDING, SETTLED, Tree
 from rollout.search.widening import ActionWidening
 
@@ -112,7 +120,7 @@ def test_what_cannot_be_taken_is_never_selected(kind: str) -> None:
     def select(states: list[int]) -> int:
         tree = one_node([1 / 3] * 3, [5, 5, 5], [1.0, 0.5, 0.0])
         for action, state in enumerate(states):
-            tree.edge_state[tree.edge(0, action)] = state
+            tree.set_state(tree.edge(0, action), state)
         if kind == "uct":
             return UctSelector(tree, 0.0, no_normalisation, WIDE)(0)
         return PuctSelector(tree, 0.0, 1.0, no_normalisation, WIDE)(0)
@@ -132,6 +140,24 @@ def test_untried_actions_of_equal_prior_do_not_come_in_the_same_order_everywhere
     masked = Tree()
     masked.add_node(3, mask=[False, True, False])
     assert next_untried(masked, 0) == 1
+
+
+@pytest.mark.parametrize("kind", ["uct", "puct"])
+@pytest.mark.parametrize("visited", [False, True])
+def test_tie_noise_spreads_equals_over_seeds_and_decides_nothing_else(kind: str, visited: bool) -> None:
+    def chosen(tree: Tree, seed: int) -> int:
+        noise = TieNoise(1e-7, seed)
+        if kind == "uct":
+            return UctSelector(tree, 1.0, no_normalisation, WIDE, tie_noise=noise)(0)
+        return PuctSelector(tree, 1.25, 19652, no_normalisation, WIDE, tie_noise=noise)(0)
+
+    n = 5 * visited
+    equal = one_node([0.25] * 4, [n] * 4, [0.3] * 4, mask=[True, True, True, True])
+    choices = [chosen(equal, seed) for seed in range(200)]
+    assert all(choices.count(action) > 25 for action in range(4))
+    assert choices == [chosen(equal, seed) for seed in range(200)]
+    better = one_node([0.249, 0.253, 0.249, 0.249], [n] * 4, [0.3, 0.301, 0.3, 0.3])
+    assert {chosen(better, seed) for seed in range(50)} == {1}
 
 
 @pytest.mark.parametrize(("k", "alpha"), [(1.0, 0.5), (2.0, 0.3)])

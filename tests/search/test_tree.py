@@ -82,6 +82,13 @@ def test_json_is_readable_and_exact() -> None:
     assert sum(data["edge_visits"][edge] for edge in tree.edges(0)) == 200
 
 
+def test_json_of_the_first_version_can_be_read() -> None:
+    tree = grown(200, 3)
+    idle = {"in_flight": [0] * 201, "edge_in_flight": [0] * 200}
+    first = {**json.loads(tree_to_json(tree)), "version": 1, **idle}
+    assert vars(tree_from_json(json.dumps(first))) == vars(tree)
+
+
 def broken(**changes: object) -> str:
     return json.dumps({**json.loads(tree_to_json(grown(10, 2))), **changes})
 
@@ -92,18 +99,19 @@ def broken(**changes: object) -> str:
         ("{", "JSON"),
         ("[]", "object"),
         ("{}", "version None"),
-        (broken(version=2), "version 2"),
+        (broken(version=3), "version 3"),
         (broken(visits=None), "no column 'visits'"),
         (broken(visits=[1]), "equal lengths"),
         (broken(visits=["many"] * 11), "column 'visits'"),
         (broken(value=[float("nan")] * 11), "not finite"),
         (broken(raw_value=[float("inf")] * 11), "not finite"),
         (broken(depth=[2**40] * 11), "column 'depth'"),
-        (broken(slots=[99] * 22), "column 'slots'"),
+        (broken(slots=[99] * 12, priors=[0.5] * 12), "column 'slots'"),
         (broken(outcome_node=[-1] * 10), "column 'outcome_node'"),
         (broken(outcome_next=list(range(10))), "circle"),
         (broken(first_slot=[1000] * 11), "slots of node"),
         (broken(flags=[256] * 11), "column 'flags'"),
+        (broken(edge_action=[1] * 10), "not in the slot"),
     ],
 )
 def test_json_that_is_no_tree_is_refused(text: str, message: str) -> None:

@@ -34,7 +34,7 @@ def test_stored_outcomes_are_walked_through_in_proportion_to_their_draws(draws: 
     tree.edge_state[edge] = SETTLED  # nothing is drawn any more
     counts = [0] * len(draws)
     for visit in range(n):
-        tree.edge_visits[edge] = visit
+        tree.slot_begun[0] = visit
         outcome = WideningDraws(1.0, 0.5).choose(tree, edge)
         counts[int(tree.state_hash[tree.outcome_node[outcome]] or "")] += 1
     for count, share in zip(counts, draws, strict=True):
@@ -69,7 +69,7 @@ def test_an_action_is_drawn_k_n_to_the_alpha_times(k: float, alpha: float) -> No
 def test_a_single_outcome_is_drawn_once() -> None:
     tree, edge = edge_with([1])
     assert SingleOutcome().choose(tree, edge) != NONE
-    tree.edge_visits[edge] = 10**6
+    tree.slot_begun[0] = 10**6
     assert SingleOutcome().choose(tree, edge) != NONE
 
 

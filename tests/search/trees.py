@@ -24,7 +24,7 @@ def one_node(
     for action, (n, q, o) in enumerate(zip(visits, values, in_flight, strict=True)):
         if n or o:
             edge = tree.add_edge(0, action)
-            tree.edge_visits[edge], tree.edge_value[edge], tree.edge_in_flight[edge] = n, q, o
+            tree.edge_visits[edge], tree.slot_value[action], tree.slot_begun[action] = n, q, n + o
             if n:
                 leaf = tree.add_node(1, depth=1)
                 outcome = tree.add_outcome(edge, leaf, q, 1.0)
@@ -32,7 +32,7 @@ def one_node(
                 tree.visits[leaf] = n
     total = sum(visits)
     tree.visits[0], tree.evaluations[0], tree.raw_value[0] = 1 + total, 1, raw
-    tree.in_flight[0] = sum(in_flight)
+    tree.begun[0] = tree.visits[0] + sum(in_flight)
     mean = (raw + sum(n * q for n, q in zip(visits, values, strict=True))) / (1 + total)
     tree.value[0] = mean if value is None else value
     return tree
