@@ -17,7 +17,7 @@ from rollout.commands.bench_engine import STAY, Bench
 from rollout.commands.bench_gvisor import GvisorFigures
 from rollout.commands.bench_rival import private_mib
 from rollout.commands.bench_row import BenchRow, Rival, at_most
-from rollout.sandbox.base import Sandbox
+from rollout.sandbox.base import Checkpoint, Engine, Sandbox
 from rollout.sandbox.microvm.engine import MicroVMEngine
 
 __all__ = ["clones_at_once", "cycles", "idle_cpu", "idle_memory", "live_at_once"]
@@ -29,40 +29,52 @@ _STEPS_AT_ONCE = 32
 
 
 async def idle_memory(bench: Bench, clones: int = 8) -> AsyncIterator[BenchRow]:
-    """Private memory of idle clones, as the kernel counts it for their processes.
-
-    An engine whose sandboxes have a `pid` is measured clone by clone; otherwise all processes that came with
-    the clones are taken together.
-    """
+    """Private memory of idle clones, as the kernel counts it for their processes."""
     name, unit = "private memory of an idle clone", "MiB"
-    before = _descendants()
-    sandboxes = await bench.engine.fork(bench.root, clones)
-    try:
-        for sandbox in sandboxes:
-            await sandbox.call("ping")
-        pids = [pid for sandbox in sandboxes if isinstance(pid := getattr(sandbox, "pid", None), int)]
-        if pids:
-            found = [private_mib(pid) for pid in pids]
-        else:
-            new = _descendants() - before
-            found = [sum(private_mib(pid) for pid in new) / clones] if new else []
-    except OSError as error:
-        yield BenchRow.absent(name, unit, f"a process ended meanwhile: {error}", subject=bench.kind)
-        return
-    finally:
-        await asyncio.gather(*(sandbox.kill() for sandbox in sandboxes))
-    if not found:
-        yield BenchRow.absent(name, unit, "the clones have no processes of their own", subject=bench.kind)
-        return
     rivals = [Rival("idle child of a bare os.fork", bench.rivals.bare.private_mib)]
     target = None
+    roots = {name: bench.root}
     if bench.kind == "microvm":
         target = at_most(17)
         gvisor = await asyncio.to_thread(bench.rivals.gvisor.figures)
         if isinstance(gvisor, GvisorFigures):
             rivals.append(Rival.of("gVisor, restored and idle", gvisor.private_mib))
+        async with await bench.engine.boot(bench.image) as sandbox:
+            roots[f"{name} without an episode"] = await sandbox.checkpoint()
     note = f"{clones} clones at once"
-    yield BenchRow.of(name, found, unit, subject=bench.kind, target=target, rivals=rivals, note=note)
+    for what, root in roots.items():
+        try:
+            found = await _idle_mib(bench.engine, root, clones)
+        except OSError as error:
+            yield BenchRow.absent(what, unit, f"a process ended meanwhile: {error}", subject=bench.kind)
+            continue
+        if not found:
+            yield BenchRow.absent(what, unit, "the clones have no processes of their own", subject=bench.kind)
+            continue
+        yield BenchRow.of(what, found, unit, subject=bench.kind, target=target, rivals=rivals, note=note)
+
+
+async def _idle_mib(engine: Engine, root: Checkpoint, clones: int) -> list[float]:
+    """What clones hold that have answered and wait.
+
+    An engine whose sandboxes have a `pid` is measured clone by clone; otherwise all processes that came with
+    the clones are taken together.
+
+    Raises:
+        OSError: A process ended meanwhile.
+    """
+    before = _descendants()
+    sandboxes = await engine.fork(root, clones)
+    try:
+        for sandbox in sandboxes:
+            await sandbox.call("ping")
+        pids = [pid for sandbox in sandboxes if isinstance(pid := getattr(sandbox, "pid", None), int)]
+        if pids:
+            return [private_mib(pid) for pid in pids]
+        new = _descendants() - before
+        return [sum(private_mib(pid) for pid in new) / clones] if new else []
+    finally:
+        await asyncio.gather(*(sandbox.kill() for sandbox in sandboxes))
 
 
 async def idle_cpu(bench: Bench, idle_s: float = 2.0) -> AsyncIterator[BenchRow]:

@@ -164,6 +164,10 @@ async def _begin(plan: _Plan, engine: Engine, image: ImageConfig, rivals: Rivals
     start_s = time.perf_counter()
     async with await engine.boot(image.name) as sandbox:
         await env.prepare(sandbox)
+        prepared = await sandbox.checkpoint()
+    await engine.rebase(prepared)
+    [sandbox] = await engine.fork(prepared)
+    async with sandbox:
         await env.reset(sandbox, env.tasks()[0], seed=0)
         root = await sandbox.checkpoint()
     boot_ms = (time.perf_counter() - start_s) * 1000
