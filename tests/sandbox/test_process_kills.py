@@ -34,9 +34,10 @@ GONE_WITHIN_S = 10.0
 
 
 async def fork_busy(engine):
-    """Two clones, of which the first is in the middle of a call."""
+    """Two clones, of which the first, whose processes are the older ones, is in the middle of a call."""
     checkpoint = await (await boot_rogue(engine)).checkpoint()
-    first, second = await engine.fork(checkpoint, 2)
+    [first] = await engine.fork(checkpoint)
+    [second] = await engine.fork(checkpoint)
     await run_code(first, "memory['n'] = 1")
     call = asyncio.create_task(run_code(first, "import time; time.sleep(1000)", timeout_s=LONG_S))
     await asyncio.sleep(0.05)
