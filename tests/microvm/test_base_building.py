@@ -22,8 +22,9 @@ from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError
 from rollout.sandbox.engines import what_is_missing
 from rollout.sandbox.image.store import cache_dir
-from rollout.sandbox.microvm.base import BaseStore, new_memory_file
+from rollout.sandbox.microvm.base import BaseStore
 from rollout.sandbox.microvm.engine import MicroVMEngine
+from rollout.sandbox.microvm.memory_file import new_memory_file
 
 _missing = what_is_missing("microvm", ImageConfig())
 needs_vm = [

@@ -15,7 +15,8 @@ from rollout.sandbox.image.build import build_image
 from rollout.sandbox.image.recipe import Recipe, payload_digest, recipe_of
 from rollout.sandbox.image.store import FILES, Image, ImageStore
 from rollout.sandbox.microvm import base as base_module
-from rollout.sandbox.microvm.base import BaseStore, new_memory_file
+from rollout.sandbox.microvm.base import BaseStore
+from rollout.sandbox.microvm.memory_file import new_memory_file
 
 PAYLOAD = {"rollout/agent.py": b"pass"}
 MEMORY_BYTES = 1 << 20

@@ -19,10 +19,11 @@ from rollout.errors import ForkError
 from rollout.sandbox.engines import what_is_missing
 from rollout.sandbox.microvm.device_state import without_code_flush
 from rollout.sandbox.microvm.engine import MicroVMEngine
+from rollout.sandbox.microvm.memory import RawState
 from rollout.sandbox.microvm.rewind import Rewinder
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox
 from rollout.sandbox.microvm.state_disk import empty_state_disk
-from rollout.sandbox.microvm.vmm import RawState, Vmm
+from rollout.sandbox.microvm.vmm import Vmm
 from rollout.types import Randomness, RngPolicy
 
 _missing = what_is_missing("microvm", ImageConfig())

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from rollout.errors import CheckpointError
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES
+from rollout.sandbox.microvm.memory import RawState
 from rollout.sandbox.microvm.snapshot import MAX_BLOCKS, PageBlock, RawCache, Snapshot
-from rollout.sandbox.microvm.vmm import RawState
 
 CACHE_BYTES = 1 << 20
 BASE = np.random.default_rng(7).integers(0, 256, (64, GUEST_PAGE_BYTES), np.uint8)

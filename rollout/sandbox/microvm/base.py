@@ -11,7 +11,6 @@ written last, with the checksums of the others.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -19,8 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +32,11 @@ from rollout.sandbox.image.store import Image
 from rollout.sandbox.microvm.compression import MAX_DEVICE_STATE_BYTES, decompressed
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES, KERNEL_COMMAND_LINE, MachineShape
 from rollout.sandbox.microvm.memory import PageNumbers, Pages
+from rollout.sandbox.microvm.memory_file import CHUNK_PAGES, extents, new_memory_file, seal, write_runs
 
-__all__ = ["Base", "BaseStore", "base_key", "derived_base", "new_memory_file"]
+__all__ = ["Base", "BaseStore", "base_key", "derived_base"]
 
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_CHUNK_PAGES = 4096
 _LAYOUT = 1
-_LET_GO_S = 10.0
 _NUMBERS_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<u4', 'fortran_order': False, 'shape': \((\d{1,10}),\), \} *\n",
     re.DOTALL,
@@ -84,21 +80,6 @@ def base_key(image: Image | None, shape: MachineShape, qemu_version: str, warm_u
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def new_memory_file(size_bytes: int) -> int:
-    """A memory file for a VM to boot into.
-
-    Raises:
-        BootError: There is no memory for it.
-    """
-    fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, size_bytes)
-    except OSError as error:
-        os.close(fd)
-        raise BootError.wrap(error, "cannot make guest memory") from error
-    return fd
-
-
 def derived_base(base: Base, device_state: bytes, numbers: PageNumbers, pages: Pages) -> Base:
     """A copy of a base in which some pages are others: the memory of a checkpoint on it, as a base itself.
 
@@ -115,14 +96,14 @@ def derived_base(base: Base, device_state: bytes, numbers: PageNumbers, pages: P
     """
     fd = new_memory_file(os.fstat(base.ram_fd).st_size)
     try:
-        for offset, data in _extents(base.ram_fd):
+        for offset, data in extents(base.ram_fd):
             os.pwrite(fd, data, offset)
         if len(numbers):
-            _write_runs(fd, numbers, pages.tobytes())
+            write_runs(fd, numbers, pages.tobytes())
     except OSError as error:
         os.close(fd)
         raise BootError.wrap(error, "there is no memory for another base") from error
-    _seal(fd)
+    seal(fd)
     content = hashlib.sha256(numbers.tobytes() + pages.tobytes() + device_state).hexdigest()
     digest = hashlib.sha256(f"{base.digest}:{content}".encode()).hexdigest()[:32]
     return Base(base.key, digest, fd, device_state, os.fstat(fd).st_blocks * 512)
@@ -241,7 +222,7 @@ class BaseStore:
         except (OSError, ValueError, TypeError, KeyError, zstandard.ZstdError, CheckpointError) as error:
             os.close(fd)
             raise BootError(f"the base {folder} is damaged; delete it: {error}") from error
-        _seal(fd)
+        seal(fd)
         return Base(key, manifest["digest"], fd, device_state, os.fstat(fd).st_blocks * 512)
 
     def save(self, key: str, fd: int, device_state: bytes) -> Base:
@@ -250,7 +231,7 @@ class BaseStore:
         Raises:
             BootError: It cannot be written; nothing of it is left.
         """
-        _seal(fd)
+        seal(fd)
         folder = self._folder / f".{key}.{os.getpid()}"
         try:
             folder.mkdir(parents=True)
@@ -271,9 +252,9 @@ class BaseStore:
                     raise ValueError(f"the checksum of {name} differs")
         numbers = _page_numbers(folder / "numbers.npy", os.fstat(fd).st_size // GUEST_PAGE_BYTES)
         with zstandard.ZstdDecompressor().stream_reader((folder / "pages.zst").open("rb")) as pages:
-            for begin in range(0, len(numbers), _CHUNK_PAGES):
-                chunk = numbers[begin : begin + _CHUNK_PAGES]
-                _write_runs(fd, chunk, pages.read(len(chunk) * GUEST_PAGE_BYTES))
+            for begin in range(0, len(numbers), CHUNK_PAGES):
+                chunk = numbers[begin : begin + CHUNK_PAGES]
+                write_runs(fd, chunk, pages.read(len(chunk) * GUEST_PAGE_BYTES))
         return decompressed((folder / "state.zst").read_bytes(), MAX_DEVICE_STATE_BYTES)
 
 
@@ -281,31 +262,11 @@ def _digest_of_files(sha256: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(sha256), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _seal(fd: int) -> None:
-    """Makes a memory file immutable: from here on nobody, the VMM included, can write to it.
-
-    A VMM that was killed lets go of its memory when the last of its threads is gone, which is waited for.
-
-    Raises:
-        BootError: A process still maps it for writing.
-    """
-    give_up_at_s = time.monotonic() + _LET_GO_S
-    while True:
-        try:
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > give_up_at_s:
-                raise BootError.wrap(error, "cannot seal a base: its VM still runs") from error
-            time.sleep(0.005)
-        else:
-            return
-
-
 def _pack(folder: Path, fd: int, device_state: bytes) -> dict[str, str]:
     numbers: list[np.ndarray[Any, np.dtype[np.uint32]]] = []
     compressor = zstandard.ZstdCompressor(level=1)
     with (folder / "pages.zst").open("wb") as file, compressor.stream_writer(file) as pages:
-        for offset, data in _extents(fd):
+        for offset, data in extents(fd):
             words = np.frombuffer(data, np.uint64).reshape(-1, GUEST_PAGE_BYTES // 8)
             filled = np.flatnonzero(words.any(axis=1))
             numbers.append((filled + offset // GUEST_PAGE_BYTES).astype(np.uint32))
@@ -314,20 +275,6 @@ def _pack(folder: Path, fd: int, device_state: bytes) -> dict[str, str]:
     (folder / "state.zst").write_bytes(zstandard.ZstdCompressor().compress(device_state))
     names = ("pages.zst", "numbers.npy", "state.zst")
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-
-
-def _extents(fd: int) -> Iterator[tuple[int, bytes]]:
-    """The parts of a sparse file that are not holes, in pieces of at most 16 MiB."""
-    size_bytes = os.fstat(fd).st_size
-    end = 0
-    while end < size_bytes:
-        try:
-            begin = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            return
-        end = os.lseek(fd, begin, os.SEEK_HOLE)
-        for offset in range(begin, end, _CHUNK_PAGES * GUEST_PAGE_BYTES):
-            yield offset, os.pread(fd, min(_CHUNK_PAGES * GUEST_PAGE_BYTES, end - offset), offset)
 
 
 def _page_numbers(file: Path, num_pages: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
@@ -345,13 +292,3 @@ def _page_numbers(file: Path, num_pages: int) -> np.ndarray[Any, np.dtype[np.uin
     if len(numbers) and (numbers[-1] >= num_pages or (np.diff(numbers.astype(np.int64)) <= 0).any()):
         raise ValueError(f"{file.name} holds other pages than the machine's")
     return numbers
-
-
-def _write_runs(fd: int, numbers: np.ndarray[Any, np.dtype[np.uint32]], data: bytes) -> None:
-    """Writes pages in runs of neighbours."""
-    if len(data) != len(numbers) * GUEST_PAGE_BYTES:
-        raise CheckpointError("the base's pages are incomplete")
-    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] + 2) != 1).tolist()
-    for begin, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
-        piece = data[begin * GUEST_PAGE_BYTES : end * GUEST_PAGE_BYTES]
-        os.pwrite(fd, piece, int(numbers[begin]) * GUEST_PAGE_BYTES)

@@ -8,10 +8,10 @@ from typing import Protocol, TypeVar
 
 from rollout.errors import BootError, GuestError, RolloutError
 from rollout.sandbox.client import GuestClient
-from rollout.sandbox.microvm.machine import MachineShape
+from rollout.sandbox.microvm.machine import BootFiles, MachineShape
 from rollout.sandbox.microvm.memory import has_pagemap_scan
 from rollout.sandbox.microvm.spawner import Spawner
-from rollout.sandbox.microvm.vmm import BootFiles, Vmm
+from rollout.sandbox.microvm.vmm import Vmm
 from rollout.types import Randomness
 
 __all__ = ["InThread", "boot_into"]

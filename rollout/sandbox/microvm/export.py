@@ -20,10 +20,10 @@ from rollout.sandbox.image.store import FILES, ImageStore
 from rollout.sandbox.microvm.base import BaseStore
 from rollout.sandbox.microvm.engine import MicroVMEngine
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES
+from rollout.sandbox.microvm.memory import RawState
 from rollout.sandbox.microvm.snapshot import PageBlock, RawCache, Snapshot
 from rollout.sandbox.microvm.stock import Stock
 from rollout.sandbox.microvm.transfer import Depot, snapshot_from_parts, snapshot_parts
-from rollout.sandbox.microvm.vmm import RawState
 
 __all__ = ["export_checkpoints", "import_checkpoint"]
 

@@ -20,7 +20,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["GUEST_PAGE_BYTES", "KERNEL_COMMAND_LINE", "MachineShape", "Start", "qemu_argv"]
+__all__ = ["GUEST_PAGE_BYTES", "KERNEL_COMMAND_LINE", "BootFiles", "MachineShape", "Start", "qemu_argv"]
 
 GUEST_PAGE_BYTES = 4096
 
@@ -60,6 +60,27 @@ class MachineShape:
         parts = {"qemu": qemu_version, "machine": _MACHINE, **asdict(self)}
         del parts["translation_mib"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class BootFiles:
+    """What a machine is made from.
+
+    Attributes:
+        binary: The QEMU program.
+        disk: Read-only disk; None for a guest without an operating system.
+        kernel: Kernel, for a boot.
+        initrd: Its initial file system.
+        firmware: Raw firmware instead of a kernel.
+        filters_itself: See `Start`.
+    """
+
+    binary: str
+    disk: Path | None = None
+    kernel: Path | None = None
+    initrd: Path | None = None
+    firmware: Path | None = None
+    filters_itself: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 from rollout.errors import CheckpointError
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES
 
-__all__ = ["GuestMemory", "PageNumbers", "Pages", "has_pagemap_scan", "map_pages", "room_for", "runs"]
+__all__ = [
+    "GuestMemory",
+    "PageNumbers",
+    "Pages",
+    "RawState",
+    "has_pagemap_scan",
+    "map_pages",
+    "room_for",
+    "runs",
+]
 
 Pages = NDArray[np.uint8]
 """Page contents, shape [num_pages, 4096]."""
@@ -48,6 +57,23 @@ for _name in ("process_vm_readv", "process_vm_writev"):
     _function.argtypes = [
         *(ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class RawState:
+    """A stopped machine as it was read: device state, and the pages that differ from its base.
+
+    Attributes:
+        device_state: What QEMU saved.
+        page_numbers: Shape [n], ascending.
+        pages: Shape [n, 4096].
+        pause_s: Seconds that the guest stood still for it.
+    """
+
+    device_state: bytes
+    page_numbers: PageNumbers
+    pages: Pages
+    pause_s: float
 
 
 def has_pagemap_scan() -> bool:

@@ -30,8 +30,7 @@ from numpy.typing import NDArray
 from rollout.errors import CheckpointError
 from rollout.sandbox.microvm.compression import MAX_DEVICE_STATE_BYTES, decompressed
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES
-from rollout.sandbox.microvm.memory import PageNumbers, Pages
-from rollout.sandbox.microvm.vmm import RawState
+from rollout.sandbox.microvm.memory import PageNumbers, Pages, RawState
 
 __all__ = ["MAX_BLOCKS", "PageBlock", "RawCache", "Snapshot"]
 

@@ -22,16 +22,17 @@ from rollout.errors import BootError, CheckpointError
 from rollout.sandbox.base import Capabilities
 from rollout.sandbox.client import GuestClient
 from rollout.sandbox.image.store import Image, ImageStore
-from rollout.sandbox.microvm.base import Base, BaseStore, base_key, derived_base, new_memory_file
+from rollout.sandbox.microvm.base import Base, BaseStore, base_key, derived_base
 from rollout.sandbox.microvm.boot import InThread, boot_into
 from rollout.sandbox.microvm.identity import machine_of, require_same
-from rollout.sandbox.microvm.machine import MachineShape
+from rollout.sandbox.microvm.machine import BootFiles, MachineShape
 from rollout.sandbox.microvm.memory import Pages, has_pagemap_scan, map_pages
+from rollout.sandbox.microvm.memory_file import new_memory_file
 from rollout.sandbox.microvm.pool import Demand, Ready, VmmPool, become
 from rollout.sandbox.microvm.probe import choose_accel, filters_itself, qemu_binary
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.spawner import Spawner
-from rollout.sandbox.microvm.vmm import BootFiles, Vmm
+from rollout.sandbox.microvm.vmm import Vmm
 from rollout.sandbox.payload import payload_contents
 from rollout.types import Randomness
 

@@ -23,14 +23,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from rollout.sandbox.microvm.base import new_memory_file
-from rollout.sandbox.microvm.machine import MachineShape
+from rollout.sandbox.microvm.machine import BootFiles, MachineShape
 from rollout.sandbox.microvm.memory import has_pagemap_scan, map_pages
+from rollout.sandbox.microvm.memory_file import new_memory_file
 from rollout.sandbox.microvm.pool import Ready, become
 from rollout.sandbox.microvm.probe import filters_itself, qemu_binary
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.spawner import Spawner
-from rollout.sandbox.microvm.vmm import BootFiles, Vmm
+from rollout.sandbox.microvm.vmm import Vmm
 
 __all__ = ["COUNTER_PAGE", "FIRST_WRITTEN_PAGE", "MEMORY_MIB", "TinyGuests", "ask", "tiny_firmware"]
 

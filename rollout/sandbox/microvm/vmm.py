@@ -17,21 +17,20 @@ import os
 import socket
 import termios
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from rollout.errors import BootError, CheckpointError, ForkError
 from rollout.sandbox.microvm.confinement import FIRST_FD
 from rollout.sandbox.microvm.device_state import without_code_flush
 from rollout.sandbox.microvm.ends import VmmEnds
-from rollout.sandbox.microvm.machine import STATE_SET, MachineShape, Start, qemu_argv
-from rollout.sandbox.microvm.memory import GuestMemory, PageNumbers, Pages, room_for
+from rollout.sandbox.microvm.machine import STATE_SET, BootFiles, MachineShape, Start, qemu_argv
+from rollout.sandbox.microvm.memory import GuestMemory, PageNumbers, Pages, RawState, room_for
 from rollout.sandbox.microvm.qmp import QmpClient, QmpError
 from rollout.sandbox.microvm.rewind import Rewinder
 from rollout.sandbox.microvm.spawner import Child, Spawner
 from rollout.sandbox.microvm.tsc import measure_tsc_khz
 
-__all__ = ["BootFiles", "RawState", "Vmm"]
+__all__ = ["Vmm"]
 
 _MAX_STATE_BYTES = 16 << 20
 _SAVE = "xen-save-devices-state"
@@ -43,44 +42,6 @@ _MIN_MORE_PAGES = 128
 _MAX_REWINDS = 1000
 """Uses of one process, so that whatever QEMU might not give back stays bounded."""
 _LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
-
-
-@dataclass(frozen=True, slots=True)
-class BootFiles:
-    """What a machine is made from.
-
-    Attributes:
-        binary: The QEMU program.
-        disk: Read-only disk; None for a guest without an operating system.
-        kernel: Kernel, for a boot.
-        initrd: Its initial file system.
-        firmware: Raw firmware instead of a kernel.
-        filters_itself: See `Start`.
-    """
-
-    binary: str
-    disk: Path | None = None
-    kernel: Path | None = None
-    initrd: Path | None = None
-    firmware: Path | None = None
-    filters_itself: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class RawState:
-    """A stopped machine as it was read: device state, and the pages that differ from its base.
-
-    Attributes:
-        device_state: What QEMU saved.
-        page_numbers: Shape [n], ascending.
-        pages: Shape [n, 4096].
-        pause_s: Seconds that the guest stood still for it.
-    """
-
-    device_state: bytes
-    page_numbers: PageNumbers
-    pages: Pages
-    pause_s: float
 
 
 class Vmm:
