@@ -14,7 +14,7 @@ from rollout.errors import BootError
 from rollout.sandbox.image.build import build_image
 from rollout.sandbox.image.recipe import Recipe, payload_digest, recipe_of
 from rollout.sandbox.image.store import FILES, Image, ImageStore
-from rollout.sandbox.microvm import base as base_module
+from rollout.sandbox.microvm import memory_file as memory_file_module
 from rollout.sandbox.microvm.base import BaseStore
 from rollout.sandbox.microvm.memory_file import new_memory_file
 
@@ -167,7 +167,7 @@ def test_a_damaged_base_is_refused(
 def test_a_base_is_not_sealed_while_something_can_write_to_it(
     bases: BaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_module, "_LET_GO_S", 0.05)
+    monkeypatch.setattr(memory_file_module, "_LET_GO_S", 0.05)
     fd = new_memory_file(MEMORY_BYTES)
     with mmap.mmap(fd, MEMORY_BYTES), pytest.raises(BootError, match="still runs"):
         bases.save("key", fd, b"")
