@@ -15,7 +15,7 @@ from rollout.errors import ConfigError
 from rollout.report.stats import Estimate
 from rollout.report.text import number_text, printable
 from rollout.trajectory.storage import Storage
-from rollout.trajectory.uris import is_uri
+from rollout.uris import is_uri
 
 __all__ = [
     "RUN_HELP",

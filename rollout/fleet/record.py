@@ -24,7 +24,7 @@ from rollout.errors import ConfigError, SinkError
 from rollout.fleet.timeline import Timeline
 from rollout.sandbox.base import PhaseTimings
 from rollout.trajectory.storage import Location, Storage
-from rollout.trajectory.uris import without_secrets
+from rollout.uris import without_secrets
 
 __all__ = ["RunRecord", "make_run_folder", "make_run_id", "read_description", "versions"]
 

@@ -24,7 +24,7 @@ from pyarrow import fs
 
 from rollout.errors import SinkError
 from rollout.trajectory import faults
-from rollout.trajectory.uris import child_of, is_uri, store_cause, with_patience, without_secrets
+from rollout.uris import child_of, is_uri, store_cause, with_patience, without_secrets
 
 __all__ = ["Location", "Storage", "fsync_folder", "sink_error"]
 

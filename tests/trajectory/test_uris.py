@@ -10,7 +10,7 @@ from pyarrow import fs
 
 from rollout.errors import SinkError
 from rollout.trajectory.storage import Storage
-from rollout.trajectory.uris import child_of, store_cause, with_patience, without_secrets
+from rollout.uris import child_of, store_cause, with_patience, without_secrets
 
 
 @pytest.mark.parametrize(

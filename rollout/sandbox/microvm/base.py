@@ -32,7 +32,14 @@ from rollout.sandbox.image.store import Image
 from rollout.sandbox.microvm.compression import MAX_DEVICE_STATE_BYTES, decompressed
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES, KERNEL_COMMAND_LINE, MachineShape
 from rollout.sandbox.microvm.memory import PageNumbers, Pages
-from rollout.sandbox.microvm.memory_file import CHUNK_PAGES, extents, new_memory_file, seal, write_runs
+from rollout.sandbox.microvm.memory_file import (
+    CHUNK_PAGES,
+    extents,
+    new_memory_file,
+    seal,
+    write_at,
+    write_runs,
+)
 
 __all__ = ["Base", "BaseStore", "base_key", "derived_base"]
 
@@ -97,7 +104,7 @@ def derived_base(base: Base, device_state: bytes, numbers: PageNumbers, pages: P
     fd = new_memory_file(os.fstat(base.ram_fd).st_size)
     try:
         for offset, data in extents(base.ram_fd):
-            os.pwrite(fd, data, offset)
+            write_at(fd, data, offset)
         if len(numbers):
             write_runs(fd, numbers, pages.tobytes())
     except OSError as error:

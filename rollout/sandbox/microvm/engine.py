@@ -149,7 +149,8 @@ class MicroVMEngine:
         with self._timed("rebase"):
             derived = await self._stocks.derive(stock, snapshot)
             await stock.pool.drain()  # most forks will want the other
-        self._snapshots[checkpoint.id] = (derived.snapshot, derived)
+        if checkpoint.id in self._snapshots:  # not discarded meanwhile
+            self._snapshots[checkpoint.id] = (derived.snapshot, derived)
 
     async def discard(self, checkpoint: Checkpoint) -> None:
         """Frees a checkpoint; see `Engine.discard`."""

@@ -25,7 +25,7 @@ from rollout.sandbox.microvm.snapshot import PageBlock, RawCache, Snapshot
 from rollout.sandbox.microvm.stock import Stock
 from rollout.sandbox.microvm.transfer import Depot, snapshot_from_parts, snapshot_parts
 
-__all__ = ["export_checkpoints", "import_checkpoint"]
+__all__ = ["export_checkpoints", "import_checkpoint", "import_content"]
 
 _BASE_FILES = frozenset({"pages.zst", "numbers.npy", "state.zst"})
 _MAX_LINEAGE = 10_000
@@ -97,7 +97,7 @@ def _on_root(
         pages[np.searchsorted(numbers, under.page_numbers)] = under.unpack_pages(cache, root.pages)
         pages[np.searchsorted(numbers, snapshot.page_numbers)] = snapshot.unpack_pages(cache, stock.pages)
         raw = RawState(snapshot.unpack_device_state(), numbers, pages, 0.0)
-        shared = parent if root.root is None else None  # which is on the lowest base
+        shared = parent if parent is not None and root.root is None else under  # both are on this base
         snapshot, stock = Snapshot.of(raw, shared, cache, root.pages), root
     return snapshot, stock
 
@@ -146,17 +146,38 @@ async def import_checkpoint(
     blocks: dict[str, PageBlock] = {}
     taken: list[tuple[str, str | None, Snapshot, Stock]] = []
     for name, record in records:
-        try:
-            taken.append((name, record["parent_id"], *await _import(engine, depot, record, blocks)))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"checkpoint {name} in {location} is damaged: {error!r}") from error
+        content = await _import(engine, depot, name, record, blocks)
+        taken.append((name, record["parent_id"], *content))
     origin = records[-1][1].get("origin", {})
     if not isinstance(origin, dict):
-        raise CheckpointError(f"checkpoint {checkpoint_id} in {location} is damaged: its origin is no object")
+        raise CheckpointError(
+            f"checkpoint {checkpoint_id} in {depot.location} is damaged: its origin is no object"
+        )
     return [engine.adopt(*each) for each in taken], cast("dict[str, Any]", origin)
 
 
+async def import_content(engine: MicroVMEngine, location: str, checkpoint_id: str) -> tuple[Snapshot, Stock]:
+    """What a checkpoint of a folder holds, and the stock that it belongs to; the engine holds no checkpoint.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or of another machine.
+        BootError: Its image is of another version of this package, or the cache cannot be written.
+    """
+    depot = Depot(location)
+    record = await engine.in_thread(lambda: depot.record(checkpoint_id))
+    return await _import(engine, depot, checkpoint_id, record, {})
+
+
 async def _import(
+    engine: MicroVMEngine, depot: Depot, name: str, record: Mapping[str, Any], blocks: dict[str, PageBlock]
+) -> tuple[Snapshot, Stock]:
+    try:
+        return await _import_parts(engine, depot, record, blocks)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {name} in {depot.location} is damaged: {error!r}") from error
+
+
+async def _import_parts(
     engine: MicroVMEngine, depot: Depot, record: Mapping[str, Any], blocks: dict[str, PageBlock]
 ) -> tuple[Snapshot, Stock]:
     base, image, machine = record["base"], record["image"], record["machine"]

@@ -13,7 +13,8 @@ launcher says so once on its standard error, and executes.
 
 Each request is one packet on a SOCK_SEQPACKET socket: JSON with an argument vector and limits, and
 descriptors, which the VMM finds at `FIRST_FD` and after. The answer carries a pidfd of the new process, so
-that no process id is ever used after its process is gone, and says whether it came from a template.
+that no process id is ever used after its process is gone, says whether it came from a template, and repeats
+the number of its request: who gave up waiting can tell a late answer.
 """
 
 from __future__ import annotations
@@ -120,17 +121,18 @@ class _Launcher:
         packet, fds, _, _ = socket.recv_fds(self._control, MAX_PACKET_BYTES, _MAX_FDS)
         if not packet:
             return False
+        request = json.loads(packet)
+        number = {"number": request["number"]}
         try:
-            request = json.loads(packet)
             pid = self._fork_template(request, fds) if request["from_template"] else None
-            answer = {"from_template": pid is not None}
+            answer = {**number, "from_template": pid is not None}
             pidfd = os.pidfd_open(self._execute(request, fds) if pid is None else pid)
             try:
                 socket.send_fds(self._control, [json.dumps(answer).encode()], [pidfd])
             finally:
                 os.close(pidfd)
         except OSError as error:
-            self._control.send(json.dumps({"error": str(error)}).encode())
+            self._control.send(json.dumps({**number, "error": str(error)}).encode())
         finally:
             for fd in fds:
                 os.close(fd)
@@ -162,6 +164,11 @@ class _Launcher:
             try:
                 template = self._templates.get(argv) or self._start_template(argv)
                 pid = self._fork(template, request, fds)
+            except (
+                TimeoutError
+            ) as error:  # it may still fork, with these descriptors: nobody else may have them
+                self._end_template(argv)
+                raise OSError(f"a template did not answer in {_ANSWER_WITHIN_S:g} s") from error
             except (OSError, ValueError) as error:
                 self._end_template(argv)
                 reason = error
@@ -193,13 +200,16 @@ class _Launcher:
         stub_fd = os.memfd_create("stub")
         try:
             os.write(stub_fd, stub_object())
-            if os.fork() == 0:
+            if (pid := os.fork()) == 0:
                 _become_template(list(argv), theirs.fileno(), stub_fd)
         finally:
             os.close(stub_fd)
             theirs.close()
         try:
-            self._templates[argv] = Template(ours, _number_from(ours))
+            address = _number_from(ours)
+            if (num_threads := len(os.listdir(f"/proc/{pid}/task"))) != 1:
+                raise OSError(f"a library of {argv[0]} has started {num_threads - 1} threads")
+            self._templates[argv] = Template(ours, address)
         except OSError:
             ours.close()
             raise

@@ -14,7 +14,7 @@ from rollout.errors import BootError, CheckpointError
 from rollout.sandbox.microvm.machine import GUEST_PAGE_BYTES
 from rollout.sandbox.microvm.memory import PageNumbers
 
-__all__ = ["CHUNK_PAGES", "extents", "new_memory_file", "seal", "write_runs"]
+__all__ = ["CHUNK_PAGES", "extents", "new_memory_file", "seal", "write_at", "write_runs"]
 
 CHUNK_PAGES = 4096
 """Pages that are moved at once."""
@@ -78,4 +78,14 @@ def write_runs(fd: int, numbers: PageNumbers, data: bytes) -> None:
     starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] + 2) != 1).tolist()
     for begin, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
         piece = data[begin * GUEST_PAGE_BYTES : end * GUEST_PAGE_BYTES]
-        os.pwrite(fd, piece, int(numbers[begin]) * GUEST_PAGE_BYTES)
+        write_at(fd, piece, int(numbers[begin]) * GUEST_PAGE_BYTES)
+
+
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """Writes all of it.
+
+    Raises:
+        OSError: There is no memory for it.
+    """
+    if os.pwrite(fd, data, offset) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -17,11 +17,12 @@ folder of a file system lets only one remove a file.
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import contextlib
 
 from rollout.errors import CheckpointError
 from rollout.sandbox.microvm.engine import MicroVMEngine
-from rollout.sandbox.microvm.export import export_checkpoints, import_checkpoint
+from rollout.sandbox.microvm.export import export_checkpoints, import_content
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox
 from rollout.sandbox.microvm.transfer import Depot
 
@@ -51,7 +52,12 @@ async def move_out(engine: MicroVMEngine, sandbox: MicroVMSandbox, location: str
                 "keeps_running": sandbox.keeps_running,
                 "has_background": sandbox.has_background,
             }
-            await engine.in_thread(lambda: depot.put_record(sandbox.id, record, kind="sandboxes"))
+            try:
+                await engine.in_thread(lambda: depot.put_record(sandbox.id, record, kind="sandboxes"))
+            except BaseException:  # cancelled, or the answer was lost: it stays here, so it must not be there
+                with contextlib.suppress(CheckpointError):  # it is not
+                    await asyncio.shield(engine.in_thread(lambda: depot.take(sandbox.id)))
+                raise
         finally:
             await engine.discard(checkpoint)
 
@@ -72,27 +78,37 @@ async def move_in(engine: MicroVMEngine, location: str, sandbox_id: str) -> Micr
     """
     depot = Depot(location)
     record = await engine.in_thread(lambda: depot.record(sandbox_id, kind="sandboxes"))
-    lineage, _ = await import_checkpoint(engine, location, _text(record, "checkpoint", location))
+    match record:
+        case {
+            "checkpoint": str(checkpoint_id),
+            "parent_id": str() | None as parent_id,
+            "generation": int(generation),
+            "keeps_running": bool(keeps_running),
+            "has_background": bool(has_background),
+        }:
+            pass
+        case _:
+            raise CheckpointError(f"the sandbox {sandbox_id} in {depot.location} is damaged")
+    content = await import_content(engine, location, checkpoint_id)
+    sandbox = engine.admit(sandbox_id, parent_id, *content)
+    sandbox.generation = generation
+    is_taken = False
+
+    def take() -> None:
+        nonlocal is_taken
+        depot.take(sandbox_id)
+        is_taken = True
+
     try:
-        snapshot, stock = engine.content_of(lineage[-1])
-        sandbox = engine.admit(sandbox_id, record.get("parent_id"), snapshot, stock)
-    finally:
-        for checkpoint in lineage:
-            await engine.discard(checkpoint)
-    try:
-        sandbox.generation = int(record.get("generation", 0))
-        await engine.in_thread(lambda: depot.take(sandbox_id))
+        await engine.in_thread(take)
     except BaseException:
+        if is_taken:  # cancelled: it goes back to where it was
+            await asyncio.shield(
+                engine.in_thread(lambda: depot.put_record(sandbox_id, record, kind="sandboxes"))
+            )
         await sandbox.kill()
         raise
-    sandbox.keep_running(bool(record.get("keeps_running")))
-    if record.get("has_background"):
+    sandbox.keep_running(keeps_running)
+    if has_background:
         sandbox.expect_background()
     return sandbox
-
-
-def _text(record: dict[str, Any], name: str, location: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str):
-        raise CheckpointError(f"a sandbox in {location} is damaged: it names no {name}")
-    return value

@@ -75,6 +75,7 @@ class MicroVMSandbox(GuestCalls):
         self._changing = asyncio.Lock()
         self._park_timer: TimerHandle | None = None
         self._park_task: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     @property
     def id(self) -> str:
@@ -168,7 +169,7 @@ class MicroVMSandbox(GuestCalls):
             if (saved_as := self._saved_as) is None:
                 raise gone_on(self._id)
             if (waking := self._waking) is None:
-                self.attach(await self._owner.revive(self, self.origin, randomness))
+                await self._revive(randomness)
             else:
                 await self._go_on_as_clone(waking, randomness)
             self._parent_id = saved_as
@@ -205,20 +206,15 @@ class MicroVMSandbox(GuestCalls):
 
     async def kill(self) -> None:
         """See `Sandbox.kill`."""
-        if self._is_dead:
-            return
-        self._is_dead = True
-        if self._park_timer is not None:
-            self._park_timer.cancel()
-        if (waking := self._waking) is not None:
-            self._waking = None
+        if self._ending is None:
+            self._is_dead = True
+            if self._park_timer is not None:
+                self._park_timer.cancel()
+            waking, self._waking = self._waking, None
             # A worker thread may be at it, or the guest in the middle of an answer: then nobody can reuse it.
-            if self._changing.locked() or self._in_flight or waking.client.failure is not None:
-                await self._end(waking)
-            else:
-                content = self.origin if self._is_as_saved else None
-                await asyncio.shield(self._owner.release(self, waking, content))
-        self._owner.forget(self)
+            is_busy = self._changing.locked() or self._in_flight > 0
+            self._ending = asyncio.create_task(self._finish(waking, is_busy=is_busy))
+        await asyncio.shield(self._ending)
 
     def _require_alive(self) -> None:
         if self._is_dead:
@@ -270,10 +266,16 @@ class MicroVMSandbox(GuestCalls):
 
     async def _bring_back(self) -> Waking:
         if self._waking is None:
-            same_life = Randomness(RngPolicy.INHERIT)
-            self.attach(await self._owner.revive(self, self.origin, same_life))
-        assert self._waking is not None
+            return await self._revive(Randomness(RngPolicy.INHERIT))
         return self._waking
+
+    async def _revive(self, randomness: Randomness) -> Waking:
+        waking = await self._owner.revive(self, self.origin, randomness)
+        if self._is_dead:  # killed meanwhile, when it had no machine that could be ended
+            await asyncio.shield(self._end(waking))
+        self._require_alive()
+        self.attach(waking)
+        return waking
 
     async def _save(self, waking: Waking) -> None:
         try:
@@ -309,6 +311,18 @@ class MicroVMSandbox(GuestCalls):
     def _note_running(self) -> None:
         self._is_parked = self._is_as_saved = False
         self._saved_as = None
+
+    async def _finish(self, waking: Waking | None, *, is_busy: bool) -> None:
+        try:
+            if waking is None:
+                return
+            if is_busy or waking.client.failure is not None:
+                await self._end(waking)
+            else:
+                content = self.origin if self._is_as_saved else None
+                await self._owner.release(self, waking, content)
+        finally:
+            self._owner.forget(self)
 
     async def _end(self, waking: Waking) -> None:
         waking.vmm.kill()

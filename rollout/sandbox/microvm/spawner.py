@@ -22,6 +22,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rollout.errors import BootError
 from rollout.sandbox.microvm import confinement, launcher, template
@@ -168,23 +169,39 @@ class Spawner:
         with self._lock:
             uid = _FIRST_UID + self._num_spawned % _NUM_UIDS if self._is_root else None
             self._num_spawned += 1
+            number = self._num_spawned
             wanted = {"argv": list(argv), "limits": {**_limits(fds), **limits}, "uid": uid}
-            request = json.dumps({**wanted, "from_template": from_template}).encode()
+            request = json.dumps({**wanted, "from_template": from_template, "number": number}).encode()
             try:
                 if len(request) > MAX_PACKET_BYTES:
                     raise BootError("a VMM's arguments are too long")
                 socket.send_fds(self._control, [request], [*fds, log_fd])
-                reply, pidfds, _, _ = socket.recv_fds(self._control, MAX_PACKET_BYTES, 1)
+                reply, pidfds = self._answer_to(number)
             except (OSError, BootError) as error:
                 os.close(log_fd)
                 raise BootError(f"the VMM launcher is gone ({error}): {self._last_words()}") from error
         if not pidfds:
             os.close(log_fd)
-            reason = json.loads(reply)["error"] if reply else self._last_words()
+            reason = reply["error"] if reply else self._last_words()
             raise BootError(f"cannot start a VMM: {reason}", retryable=True)
         self._remove_nodes()  # the launcher runs, so they are mounted, and nothing is left if we are killed
-        is_fork = bool(json.loads(reply)["from_template"])
-        return Child(_pid_of(pidfds[0]), pidfds[0], log_fd, is_fork)
+        return Child(_pid_of(pidfds[0]), pidfds[0], log_fd, is_fork=bool(reply["from_template"]))
+
+    def _answer_to(self, number: int) -> tuple[dict[str, Any], list[int]]:
+        """The answer to a request, and its descriptors; whatever a late one has started is ended."""
+        while True:
+            packet, pidfds, _, _ = socket.recv_fds(self._control, MAX_PACKET_BYTES, 1)
+            for pidfd in pidfds:
+                os.set_inheritable(pidfd, False)
+            if not packet:
+                return {}, pidfds
+            answer = json.loads(packet)
+            if answer["number"] == number:
+                return answer, pidfds
+            for pidfd in pidfds:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                os.close(pidfd)
 
     def close(self) -> None:
         """Ends the launcher and with it every VMM; returns when they are gone. Idempotent."""

@@ -164,6 +164,9 @@ class Stocks:
         if (known := self._stocks.get(name)) is not None:
             base.close()
             return known
+        if self._spawner is None:
+            base.close()
+            raise BootError("the engine has been closed")
         derived = self._stock(
             base, stock.fingerprint, stock.image_digest, stock.machine, stock.shape, stock.files
         )

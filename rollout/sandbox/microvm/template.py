@@ -2,10 +2,11 @@
 
 Half of the time in which QEMU starts goes into its dynamic linking: 236,000 relocations, which also make
 almost five megabytes of memory private in each process. So a program is loaded once, and held before its
-first instruction; each VMM is a fork of that *template*, which shares what was relocated, and confines itself
+own first instruction; each VMM is a fork of that *template*, which shares what was relocated, and confines itself
 before it goes on. Nothing of the program is patched: what holds it is a shared object, `stub_object`, that
-the dynamic linker is asked to load first (`LD_PRELOAD`), and whose initialiser runs before any other code,
-while there is one thread.
+the dynamic linker is asked to load first (`LD_PRELOAD`), and whose initialiser runs before the program's own
+code. Those of its libraries have run by then: the launcher uses no template in which one has started a
+thread.
 
 The stub serves packets on `CONTROL_FD`. It first sends the address of its buffer, as eight bytes. Each packet
 that it gets is of `packed`, with descriptors, which get the lowest free numbers, from `CONTROL_FD + 1` on. It

@@ -42,6 +42,7 @@ import pyarrow.fs as fs
 
 from rollout.errors import CheckpointError
 from rollout.sandbox.microvm.snapshot import MAX_BLOCKS, PageBlock, Snapshot
+from rollout.uris import is_uri, with_patience, without_secrets
 
 __all__ = ["Depot", "Kind", "snapshot_from_parts", "snapshot_parts"]
 
@@ -65,14 +66,14 @@ class Depot:
     """
 
     def __init__(self, location: str) -> None:
-        self.location = location
+        self.location = without_secrets(location)
         try:
-            if "://" in location:
-                self._fs, root = fs.FileSystem.from_uri(location)
+            if is_uri(location):
+                self._fs, root = fs.FileSystem.from_uri(with_patience(location))
             else:
                 self._fs, root = fs.LocalFileSystem(), str(Path(location).absolute())
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise CheckpointError.wrap(error, f"cannot open {location}") from error
+            raise CheckpointError.wrap(error, f"cannot open {self.location}") from error
         self._root = root.rstrip("/")
 
     def put(self, content: bytes) -> str:
