@@ -164,9 +164,7 @@ class _Launcher:
             try:
                 template = self._templates.get(argv) or self._start_template(argv)
                 pid = self._fork(template, request, fds)
-            except (
-                TimeoutError
-            ) as error:  # it may still fork, with these descriptors: nobody else may have them
+            except TimeoutError as error:  # it may fork late, and nobody else may have these descriptors
                 self._end_template(argv)
                 raise OSError(f"a template did not answer in {_ANSWER_WITHIN_S:g} s") from error
             except (OSError, ValueError) as error:
@@ -207,7 +205,7 @@ class _Launcher:
             theirs.close()
         try:
             address = _number_from(ours)
-            if (num_threads := len(os.listdir(f"/proc/{pid}/task"))) != 1:
+            if (num_threads := _num_threads(pid)) != 1:
                 raise OSError(f"a library of {argv[0]} has started {num_threads - 1} threads")
             self._templates[argv] = Template(ours, address)
         except OSError:
@@ -218,6 +216,11 @@ class _Launcher:
     def _end_template(self, argv: tuple[str, ...]) -> None:
         if (template := self._templates.pop(argv, None)) is not None:
             template.control.close()
+
+
+def _num_threads(pid: int) -> int:
+    with os.scandir(f"/proc/{pid}/task") as threads:
+        return sum(1 for _ in threads)
 
 
 def _number_from(control: socket.socket) -> int:

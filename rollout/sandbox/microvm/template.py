@@ -1,8 +1,8 @@
 """Processes that have a program loaded and wait to become copies of it. Pure, standard library only.
 
 Half of the time in which QEMU starts goes into its dynamic linking: 236,000 relocations, which also make
-almost five megabytes of memory private in each process. So a program is loaded once, and held before its
-own first instruction; each VMM is a fork of that *template*, which shares what was relocated, and confines itself
+almost five megabytes of memory private in each process. So a program is loaded once, and held before its own
+first instruction; each VMM is a fork of that *template*, which shares what was relocated, and confines itself
 before it goes on. Nothing of the program is patched: what holds it is a shared object, `stub_object`, that
 the dynamic linker is asked to load first (`LD_PRELOAD`), and whose initialiser runs before the program's own
 code. Those of its libraries have run by then: the launcher uses no template in which one has started a
