@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import CheckpointError, ForkError, GuestError
 from rollout.sandbox.engines import what_is_missing
 from rollout.sandbox.microvm.engine import MicroVMEngine
+from rollout.sandbox.microvm.export import export_checkpoints
 from rollout.sandbox.microvm.moving import move_in, move_out
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox
+from rollout.sandbox.microvm.transfer import Depot
 
 _missing = what_is_missing("microvm", ImageConfig())
 pytestmark = [
@@ -32,6 +35,7 @@ OTHER_HOST = """
 import asyncio, json, sys
 from rollout.config import EngineConfig, ImageConfig
 from rollout.sandbox.microvm.engine import MicroVMEngine
+from rollout.sandbox.microvm.export import export_checkpoints
 from rollout.sandbox.microvm.moving import move_in
 
 async def main(location, name):
@@ -145,3 +149,49 @@ async def test_a_damaged_one_is_refused(
     with pytest.raises(CheckpointError, match="damaged"):
         await move_in(engine, str(tmp_path), machine.id)
     assert engine.num_sandboxes == 0
+
+
+async def test_a_move_does_not_take_the_checkpoints_of_others(
+    engine: MicroVMEngine, machine: MicroVMSandbox, tmp_path: Path
+) -> None:
+    checkpoint = await machine.checkpoint()
+    [child] = await engine.fork(checkpoint)
+    assert isinstance(child, MicroVMSandbox)
+    await export_checkpoints(engine, [checkpoint], str(tmp_path))
+    await move_out(engine, child, str(tmp_path))
+    again = await move_in(engine, str(tmp_path), child.id)
+    assert (await again.exec(["echo", "here"])).stdout == b"here\n"
+    [other] = await engine.fork(checkpoint)
+    assert (await other.exec(["echo", "here"])).stdout == b"here\n"
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_a_move_that_is_cancelled_leaves_one(
+    engine: MicroVMEngine,
+    machine: MicroVMSandbox,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    leaves: bool,
+) -> None:
+    if not leaves:
+        await move_out(engine, machine, str(tmp_path))
+    name = "put_record" if leaves else "take"
+    real, moving = getattr(Depot, name), []
+
+    def cancelled(depot: Depot, name: str, *args: Any, **options: Any) -> None:
+        real(depot, name, *args, **options)
+        if options.get("kind") == "sandboxes" or not leaves:
+            monkeypatch.undo()
+            moving[0].get_loop().call_soon_threadsafe(moving[0].cancel)
+            time.sleep(0.2)  # the step is in its thread when the cancellation comes
+
+    monkeypatch.setattr(Depot, name, cancelled)
+    move = move_out(engine, machine, str(tmp_path)) if leaves else move_in(engine, str(tmp_path), machine.id)
+    moving.append(asyncio.create_task(move))
+    with pytest.raises(asyncio.CancelledError):
+        await moving[0]
+    record = tmp_path / "sandboxes" / f"{machine.id}.json"
+    assert record.exists() != leaves
+    assert engine.num_sandboxes == int(leaves)
+    left = machine if leaves else await move_in(engine, str(tmp_path), machine.id)
+    assert (await left.exec(["echo", "here"])).stdout == b"here\n"
