@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rollout.errors import ConfigError
 from rollout.types import RngPolicy
@@ -28,6 +28,11 @@ __all__ = [
     "check_config",
     "load_config",
 ]
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same from wherever the run is resumed."""
+    return str(Path(path).expanduser().absolute()) if path else path
 
 
 class _Section(BaseModel):
@@ -275,7 +280,7 @@ class SinkConfig(_Section):
     """Bytes, as columns in memory, after which it does so; a writer needs a few times as much memory."""
     roll_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds after which it does so anyway."""
-    log_folder: str = ""
+    log_folder: Annotated[str, AfterValidator(_absolute)] = ""
     """Local folder of the write-ahead logs.
 
     By default they lie in the run's own folder, or in the user's cache if that is in an object store.

@@ -45,7 +45,8 @@ def make_log_folder(storage: Storage, log_folder: str) -> Path:
     Args:
         storage: The run's folder.
         log_folder: Where logs of all runs lie; "" is the run's own folder, or the user's cache if that is in
-            an object store.
+            an object store. There each run has a folder by its place, so logs that lie apart from a run are
+            not found once the run was moved.
 
     Raises:
         SinkError: It cannot be made.
@@ -55,7 +56,8 @@ def make_log_folder(storage: Storage, log_folder: str) -> Path:
     else:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         base = Path(log_folder).absolute() if log_folder else cache / "rollout" / "wal"
-        place = f"{storage.filesystem.type_name}:{storage.root}"
+        root = storage.root if storage.local is None else storage.local.resolve()
+        place = f"{storage.filesystem.type_name}:{root}"
         folder = base / hashlib.blake2b(place.encode(), digest_size=12).hexdigest()
     Storage.of(folder.parent).make_folder(folder.name)
     return folder

@@ -23,8 +23,10 @@ from rollout.errors import SinkError
 from rollout.trajectory import TrajectorySink, scan
 from rollout.trajectory.batch import pack_batch
 from rollout.trajectory.encode import TrajectoryEncoder
+from rollout.trajectory.recover import make_log_folder
 from rollout.trajectory.roll import log_header
 from rollout.trajectory.schema import TABLES
+from rollout.trajectory.storage import Storage
 from rollout.trajectory.wal import LogWriter
 
 OpenSink = Callable[..., TrajectorySink]
@@ -403,3 +405,24 @@ def test_a_store_that_goes_away_and_comes_back(open_sink: OpenSink, run_dir: Pat
     wait_until(lambda: bool(committed(run_dir)))  # tried again by itself
     sink.close()
     assert set(committed(run_dir)) == written
+
+
+def test_logs_that_lie_apart_are_found_however_the_run_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = SinkConfig(log_folder="logs")
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path / "runs")
+    folders = {
+        make_log_folder(Storage.of(spelled), config.log_folder)
+        for spelled in (
+            tmp_path / "runs/one",
+            Path("one"),
+            tmp_path / "link/one",
+            tmp_path / "runs/../runs/one",
+        )
+    }
+    assert len(folders) == 1
+    assert folders.pop().is_relative_to(tmp_path / "logs")
