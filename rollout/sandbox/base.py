@@ -257,6 +257,7 @@ class Sandbox(Protocol):
         Raises:
             CheckpointError: It was never saved, or has gone on since; it is as before.
             ForkError: It did not confirm its handshake, or could not be woken; it is dead.
+            CapacityError: The machine has no memory for it to run in; it may be dead: kill it.
         """
         ...
 
@@ -264,7 +265,8 @@ class Sandbox(Protocol):
         """Releases memory and CPU; state, files and identity stay. Idempotent.
 
         Raises:
-            CheckpointError: The state could not be saved; the sandbox is awake as before.
+            CheckpointError: The state could not be saved. If the sandbox refused (the message names what
+                runs or is open), it is awake as before; if it broke or was late meanwhile, it is dead.
         """
         ...
 

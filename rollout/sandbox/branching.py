@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from rollout.branch import BranchJob, BranchResult, Lookahead, LookaheadResult, Opening
@@ -222,10 +223,11 @@ class LocalBrancher:
         except RolloutError as error:
             return [self._failure(error, start_s) for _ in jobs]
         finally:
-            for sandbox in sandboxes:  # a task that was cancelled before it began has killed nothing
-                if not any(sandbox is each for each in stayed):
-                    await sandbox.kill()
-            self._slots.give_back(len(jobs) - len(stayed))
+            async with AsyncExitStack() as ending:  # a cancellation meanwhile skips none of it
+                ending.callback(self._slots.give_back, len(jobs) - len(stayed))
+                for sandbox in sandboxes:  # a task that was cancelled before it began has killed nothing
+                    if not any(sandbox is each for each in stayed):
+                        ending.push_async_callback(sandbox.kill)
 
     async def _sandboxes(
         self, jobs: Sequence[BranchJob], heir: Sandbox | None, *, gives_up: bool
@@ -288,7 +290,8 @@ class LocalBrancher:
             if len(oldest) == 1:
                 await self._end(oldest[0])
             else:
-                await asyncio.gather(*(self._end(heir) for heir in oldest))
+                # Shielded: one that is cancelled before it began would end nothing and give nothing back.
+                await asyncio.shield(asyncio.gather(*(self._end(heir) for heir in oldest)))
         await self._slots.take(n)
 
     async def _end(self, heir: Sandbox | None) -> None:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 
 from rollout.branch import BranchJob
 from rollout.errors import CapacityError, CheckpointError
@@ -50,6 +51,14 @@ class Pinned:
     sandbox: Sandbox | None = None
 
 
+@dataclass(slots=True)
+class _Remaking:
+    """The making of one state, and how many do it or wait for it."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    num_users: int = 0
+
+
 Replay = Callable[[Origin, Checkpoint | Remade | None], Awaitable[Remade]]
 """Plays an origin again from its parent (None for an opening), in its sandbox if that lives, and saves it."""
 
@@ -72,7 +81,7 @@ class Holdings:
         self._replay = replay
         self._store = CheckpointStore(budget_bytes)
         self._lineage = Lineage()
-        self._remaking: dict[str, asyncio.Lock] = {}
+        self._remaking: dict[str, _Remaking] = {}
         self._deferred_parents: dict[str, str] = {}
         self._num_deferred: dict[str, int] = {}
         self._leaving: dict[str, Checkpoint] = {}
@@ -159,10 +168,17 @@ class Holdings:
             and (self.is_deferred(checkpoint) or self._store.may_go(self._lineage.current(checkpoint).id))
         )
 
-    async def give_up(self, checkpoint: Checkpoint) -> None:
-        """Lets one go before its release, because its last child goes on with it; as if it was evicted."""
+    async def give_up(self, checkpoint: Checkpoint) -> bool:
+        """Lets one go before its release, because its last child goes on with it; as if it was evicted.
+
+        Returns:
+            Whether it may go; if not, nothing has changed.
+        """
+        if not self.may_give_up(checkpoint):
+            return False
         if (gone := self._store.evict(self._lineage.current(checkpoint).id)) is not None:
             await self._engine.discard(gone)
+        return True
 
     async def pin(self, checkpoint: Checkpoint) -> Pinned:
         """What the engine holds for a checkpoint, safe from eviction until `unpin`; made again if need be.
@@ -184,22 +200,18 @@ class Holdings:
                 f"checkpoint {checkpoint.id} was evicted, and this environment does not repeat: raise "
                 "engine.checkpoint_budget_bytes"
             )
-        remaking = self._remaking.setdefault(checkpoint.id, asyncio.Lock())
-        try:
-            async with remaking:
-                held = self._lineage.current(checkpoint)
-                if held.id in self._store:  # made again while we waited
-                    return Pinned(self._store.pin(held.id))
-                made = await self._make_again(origin)
-                try:
-                    self._lineage.remade(checkpoint.id, made.checkpoint)
-                    await self._keep(made.checkpoint, origin, pin=True)
-                    await self._need_no_parent(checkpoint.id)
-                except BaseException:
-                    await made.sandbox.kill()
-                    raise
-        finally:
-            self._remaking.pop(checkpoint.id, None)
+        async with self._alone(checkpoint.id):
+            held = self._lineage.current(checkpoint)
+            if held.id in self._store:  # made again while we waited
+                return Pinned(self._store.pin(held.id))
+            made = await self._make_again(origin)
+            try:
+                self._lineage.remade(checkpoint.id, made.checkpoint)
+                await self._keep(made.checkpoint, origin, pin=True)
+                await self._need_no_parent(checkpoint.id)
+            except BaseException:
+                await made.sandbox.kill()
+                raise
         return Pinned(made.checkpoint, made.sandbox)
 
     async def save_late(self, checkpoint: Checkpoint, save: Callable[[], Awaitable[Checkpoint]]) -> None:
@@ -209,16 +221,12 @@ class Holdings:
             RolloutError: It could not be saved, or there is no room for it.
         """
         origin = self._lineage.origin(checkpoint.id)
-        remaking = self._remaking.setdefault(checkpoint.id, asyncio.Lock())
-        try:
-            async with remaking:
-                if self.is_held(checkpoint):  # made again while we waited
-                    return
-                held = await save()
-                self._lineage.remade(checkpoint.id, held)
-                await self._keep(held, origin)
-        finally:
-            self._remaking.pop(checkpoint.id, None)
+        async with self._alone(checkpoint.id):
+            if self.is_held(checkpoint):  # made again while we waited
+                return
+            held = await save()
+            self._lineage.remade(checkpoint.id, held)
+            await self._keep(held, origin)
         await self._need_no_parent(checkpoint.id)
 
     async def unpin(self, held: Checkpoint) -> None:
@@ -234,6 +242,19 @@ class Holdings:
             else:
                 await self._forget(checkpoint)
                 await self._need_no_parent(checkpoint.id)
+
+    @asynccontextmanager
+    async def _alone(self, checkpoint_id: str) -> AsyncGenerator[None]:
+        """One after the other; the lock stays until nobody waits for it, or a newcomer would have another."""
+        remaking = self._remaking.setdefault(checkpoint_id, _Remaking())
+        remaking.num_users += 1
+        try:
+            async with remaking.lock:
+                yield
+        finally:
+            remaking.num_users -= 1
+            if not remaking.num_users:
+                del self._remaking[checkpoint_id]
 
     async def _forget(self, checkpoint: Checkpoint) -> None:
         held = self._lineage.forget(checkpoint)

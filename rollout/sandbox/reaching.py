@@ -7,8 +7,8 @@
 | an ancestor's checkpoint | the branches from there are played again in one sandbox, which then goes on |
 | nothing | the episode is begun again first |
 
-| an ancestor's checkpoint | what followed it is played again, in one sandbox, which then goes on |
-once than were asked for, so slots are the caller's business; a sandbox that is not handed out is ended.
+Invariants: the state is the same whichever way is taken, or the way is refused; no way holds more sandboxes
+at once than were asked for, so slots are the caller's business; a sandbox that is not handed out is ended.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class Reach:
     ) -> bool:
         """Lets the heir of a checkpoint go on as a child; False, and it is ended, if it cannot.
 
-        A state that was left unsaved is saved first: in the heir it is still there.
+        A state that was left unsaved is saved first: in the heir it is still there. With `gives_up` the
+        checkpoint goes, unless it is needed for something else by now: then it stays, as without.
         """
         is_held = self.holdings.is_held(checkpoint)
         num_steps = self.holdings.num_steps(checkpoint)
@@ -117,8 +118,8 @@ class Reach:
             if self.holdings.is_deferred(checkpoint):
                 await self._save_late(heir, checkpoint)
             with self._timed(1) as spent:
-                if gives_up:
-                    await self.holdings.give_up(checkpoint)
+                # Others may have asked for it since the way was chosen.
+                gives_up = gives_up and await self.holdings.give_up(checkpoint)
                 await self.phases.take_over(heir, randomness)
         except RolloutError:  # it has died meanwhile: there are other ways, and no branch has failed
             await heir.kill()

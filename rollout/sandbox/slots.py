@@ -47,6 +47,7 @@ class Slots:
                 self.give_back(n)
             else:
                 self._line = deque(entry for entry in self._line if entry[1] is not turn)
+                self.give_back(0)  # what was too little for this one may do for the next
             raise
 
     def give_back(self, n: int) -> None:

@@ -159,3 +159,22 @@ class TestMachines:
             assert len(steps) == 8
             for number, clone in enumerate(clones):
                 assert await clone.read_file("number") == str(number).encode()
+
+
+@pytest.mark.parametrize("has_own_group", [True, False])
+def test_cache_of_a_control_group_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_own_group: bool
+) -> None:
+    """The files of both versions of control groups, the process's own group first where it is to be seen."""
+    monkeypatch.setattr(room_module, "_CGROUP", tmp_path)
+    monkeypatch.setattr(room_module, "_own_group", lambda mount: "a/group")
+    for mount, limit, usage, cache in (
+        (tmp_path, "memory.max", "memory.current", "inactive_file"),
+        (tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        group = mount / "a/group" if has_own_group else mount
+        group.mkdir(parents=True, exist_ok=True)
+        (group / limit).write_text(f"{64 << 20}\n")
+        (group / usage).write_text(f"{60 << 20}\n")
+        (group / "memory.stat").write_text(f"anon 1\n{cache} {20 << 20}\nactive_file 7\n")
+    assert available_bytes() == 24 << 20

@@ -80,11 +80,15 @@ def players(engine: ProcessEngine) -> list[psutil.Process]:
     return sorted(found, key=lambda process: namespace_pids(process)[1:])
 
 
+def server_of(engine: ProcessEngine) -> psutil.Process:
+    """The fork server itself."""
+    (server,) = [process for process in processes_below(engine) if namespace_pids(process)[1:] == [1]]
+    return server
+
+
 def keepers(engine: ProcessEngine) -> list[psutil.Process]:
     """The keepers, oldest first; the first is the template."""
-    below = processes_below(engine)
-    (server,) = [process for process in below if namespace_pids(process)[1:] == [1]]
-    found = [process for process in server.children() if len(namespace_pids(process)) == 2]
+    found = [process for process in server_of(engine).children() if len(namespace_pids(process)) == 2]
     living = [process for process in found if is_alive(process)]
     return sorted(living, key=lambda process: namespace_pids(process)[1:])
 

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from process_helpers import at_most_processes, boot_rogue, keepers, make_engine, run_code
+from process_helpers import at_most_processes, boot_rogue, keepers, make_engine, run_code, server_of
 
 from rollout.errors import CapacityError, CheckpointError, EnvError, ForkError, GuestError
 from rollout.types import Randomness, RngPolicy
@@ -241,6 +241,31 @@ async def test_a_cancelled_fork_leaves_none():
             assert (await engine.ask("stats"))["sandboxes"] == 1
         while len(keepers(engine)) > 2:  # a copy that has not reported yet finds out by itself
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("late", ["server", "keeper"])
+async def test_a_cancelled_checkpoint_leaves_none(late: str):
+    async with make_engine() as engine:
+        sandbox = await boot_rogue(engine)
+        await run_code(sandbox, "memory['n'] = 1")
+        process = server_of(engine) if late == "server" else keepers(engine)[-1]
+        process.suspend()
+        saving = asyncio.create_task(sandbox.checkpoint())
+        async with asyncio.timeout(30):
+            while not sandbox._is_parked:  # pyright: ignore[reportPrivateUsage]
+                await asyncio.sleep(0.01)
+        saving.cancel()
+        await asyncio.sleep(0.01)  # now the server has been told, or will find it when it goes on
+        process.resume()
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+        async with asyncio.timeout(30):
+            while engine._server._pending:  # pyright: ignore
+                await asyncio.sleep(0.01)
+        assert await engine.ask("stats") == {"sandboxes": 1, "checkpoints": 0, "keepers": 1, "has_overlay": 1}
+        assert await run_code(sandbox, "result = memory['n']") == "1"
+        await sandbox.kill()
+        assert (await engine.ask("stats"))["keepers"] == 0
 
 
 async def test_more_clones_than_fit_one_message():

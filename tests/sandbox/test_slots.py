@@ -49,3 +49,16 @@ async def test_a_cancelled_wait_takes_nothing(is_granted: bool) -> None:
         slots.give_back(1)
     async with asyncio.timeout(1):
         await slots.take(1)
+
+
+async def test_who_waits_behind_a_cancelled_one_is_served() -> None:
+    slots = Slots(4)
+    await slots.take(2)
+    many, one = asyncio.create_task(slots.take(4)), asyncio.create_task(slots.take(1))
+    await settle()
+    assert not one.done()
+    many.cancel()
+    await asyncio.gather(many, return_exceptions=True)
+    async with asyncio.timeout(1):
+        await one
+    assert slots.num_free == 1

@@ -60,14 +60,35 @@ def available_bytes() -> int:
 
 
 def _group_headrooms() -> Sequence[int]:
+    """What this process's control groups still let it take; the cache that the kernel would drop is free."""
     found: list[int] = []
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for mount, limit, usage, cache in (
+        (_CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        with contextlib.suppress(OSError, ValueError):  # not mounted, the root group, or "max"
-            found.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text()))
+        for group in {mount / _own_group(mount), mount}:
+            with contextlib.suppress(OSError, ValueError):  # not mounted, the root group, or "max"
+                used_bytes = int((group / usage).read_text()) - _counter(group / "memory.stat", cache)
+                found.append(int((group / limit).read_text()) - used_bytes)
     return found
+
+
+def _own_group(mount: Path) -> str:
+    """This process's group below a mount of memory groups, as its control group namespace names it."""
+    controllers = "memory" if mount != _CGROUP else ""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        if controllers in names.split(","):
+            return path.strip("/")
+    return ""
+
+
+def _counter(file: Path, name: str) -> int:
+    for line in file.read_text().splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return 0
 
 
 class Room:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ProcessSandbox"]
 
-_KILL_GRACE_S = 3.0
+_ANSWER_GRACE_S = 3.0
 _CONTINUATION = Randomness(RngPolicy.INHERIT)
 
 
@@ -187,12 +187,26 @@ class ProcessSandbox(GuestCalls):
                         reply = await self._client.call("process.park", timeout_s=timeout_s)
                         self._is_parked = True
                         self._private_bytes = _private_bytes(reply)
-                    await self._engine.ask("save", sandbox=self._name, checkpoint=checkpoint_id)
+                    await self._save(checkpoint_id)
             except TimeoutError:
                 error = self._client.fail(GuestError(f"it did not park within {timeout_s:g} s"))
                 raise CheckpointError(f"the sandbox {self._name} cannot be saved: {error.message}") from None
             except (EnvError, GuestError) as error:
                 raise CheckpointError(f"the sandbox {self._name} cannot be saved: {error.message}") from error
+
+    async def _save(self, checkpoint_id: str | None) -> None:
+        """Has the server keep what is parked; of a request whose answer nobody waits for nothing is left."""
+        try:
+            await self._engine.ask("save", sandbox=self._name, checkpoint=checkpoint_id)
+        except BaseException:
+            if checkpoint_id is not None:
+                await asyncio.shield(self._discard(checkpoint_id))
+            raise
+
+    async def _discard(self, checkpoint_id: str) -> None:
+        with contextlib.suppress(GuestError, TimeoutError):  # sent in any case, unless the server has ended
+            async with asyncio.timeout(_ANSWER_GRACE_S):
+                await self._engine.ask("discard", checkpoints=[checkpoint_id])
 
     async def _wake(self, randomness: Randomness) -> None:
         """Lets it go on, alone inside the gate; what it was is confirmed by another handshake."""
@@ -218,7 +232,7 @@ class ProcessSandbox(GuestCalls):
         self._client.fail(GuestError("it has been killed"))
         await self._client.close()
         with contextlib.suppress(GuestError, TimeoutError):  # then the fork server has ended, and all with it
-            async with asyncio.timeout(_KILL_GRACE_S):
+            async with asyncio.timeout(_ANSWER_GRACE_S):
                 await self._engine.ask("kill", sandboxes=[self._name])
 
 

@@ -9,7 +9,7 @@ socket; the server passes on to keepers, and answers in any order.
 | `save` sandbox, checkpoint or null | waits until a sandbox has parked, and names it |
 | `wake` sandbox | lets a parked sandbox go on |
 | `kill` sandboxes | ends them; answered when they have ended |
-| `discard` checkpoints | forgets them |
+| `discard` checkpoints | forgets them, also one whose sandbox has not parked yet |
 | `stats` | counts |
 
 Invariants:
@@ -70,6 +70,7 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._sandboxes: dict[str, Keeper] = {}
         self._checkpoints: dict[str, Keeper] = {}
+        self._awaited: set[str] = set()  # checkpoints of sandboxes that have not parked yet
         self._obituaries: dict[
             str, str
         ] = {}  # of sandboxes that ended by themselves and were not killed since
@@ -178,6 +179,10 @@ class Server:
         keeper = self._find(name)
 
         def parked(reason: str | None) -> None:
+            if reason is None and checkpoint is not None and checkpoint not in self._awaited:
+                reason = f"the checkpoint {checkpoint} was discarded before it was saved"
+            if checkpoint is not None:
+                self._awaited.discard(checkpoint)
             if reason is not None:
                 self._refuse(number, "CheckpointError", reason)
                 return
@@ -186,6 +191,8 @@ class Server:
                 self._checkpoints[checkpoint] = keeper
             self._answer(number)
 
+        if checkpoint is not None:
+            self._awaited.add(checkpoint)
         if keeper.is_parked:
             parked(None)
         else:
@@ -245,6 +252,7 @@ class Server:
 
     def _discard(self, number: int, checkpoints: Sequence[str]) -> None:
         for name in checkpoints:
+            self._awaited.discard(name)
             keeper = self._checkpoints.pop(name, None)
             if keeper is not None:
                 keeper.checkpoints.discard(name)
