@@ -12,8 +12,9 @@ from __future__ import annotations
 import heapq
 import random
 import tracemalloc
+from array import array
 from collections.abc import Iterator
-from statistics import median
+from math import inf, sqrt
 from time import process_time
 
 from rollout.commands.bench_models import TableModel, run_search
@@ -98,8 +99,8 @@ def _growth() -> Iterator[BenchRow]:
     """Cost at 100,000 nodes against 1,000, in blocks that take turns, so that load hits all alike.
 
     A simulation costs F + s·d, with d the steps of its path, which grow with the logarithm of the tree. F and
-    s are solved for from trees of 100 and of 1,000 nodes, both of which a processor's caches hold. What is
-    left of the growth is memory that is further away.
+    s are solved for from trees of 100 and of 1,000 nodes, both of which a processor's caches hold, by their
+    fastest turns: other load only adds. What is left of the growth is memory that is further away.
     """
     large = _noise_search()
     _grow(large, 100_000)
@@ -108,9 +109,7 @@ def _growth() -> Iterator[BenchRow]:
         (tiny_s, tiny_d), (small_s, small_d) = _fresh(100, 150), _fresh(750, 500)
         large_s, large_d = _timed(large, 500)
         turns.append((tiny_s, tiny_d, small_s, small_d, large_s, large_d))
-    tiny_s, tiny_d, small_s, small_d, large_s, large_d = (
-        median(column) for column in zip(*turns, strict=True)
-    )
+    tiny_s, tiny_d, small_s, small_d, large_s, large_d = (min(column) for column in zip(*turns, strict=True))
     step_s = (small_s - tiny_s) / (small_d - tiny_d)
     fixed_s = small_s - step_s * small_d
     by_depth = (fixed_s + step_s * large_d) / small_s
@@ -122,19 +121,37 @@ def _growth() -> Iterator[BenchRow]:
         target=at_most(1.3),
         note=f"UCT, 16 actions, random values; paths of {large_d:.1f} steps against {small_d:.1f}",
     )
+    needed_us = 0.3 * fixed_s * 1e6 / (large_d - 1.3 * small_d)
     parts = (
+        ("of which longer paths", by_depth, "x", f"F + s·d; 1.3 would need s = {needed_us:.1f} µs", ()),
+        ("of which memory further away", large_s / small_s / by_depth, "x", "the rest", ()),
+        ("fixed cost of a simulation, F", fixed_s * 1e6, "µs", "the trial, its outcome, the new node", ()),
         (
-            "of which longer paths",
-            by_depth,
-            "x",
-            f"F + s·d; 1.3 would need s = {0.3 * fixed_s * 1e6 / (large_d - 1.3 * small_d):.1f} µs",
+            "cost of a step, s",
+            step_s * 1e6,
+            "µs",
+            "16 scores; counts and values on the way down and up",
+            (Rival.of("16 scores in a bare loop", [_bare_scores_us() for _ in range(15)]),),
         ),
-        ("of which memory further away", large_s / small_s / by_depth, "x", "the rest"),
-        ("fixed cost of a simulation, F", fixed_s * 1e6, "µs", "the trial, its outcome, the new node"),
-        ("cost of a step, s", step_s * 1e6, "µs", "16 scores, and counts and values on the way down and up"),
     )
-    for name, value, unit, note in parts:
-        yield BenchRow(name=name, unit=unit, value=value, samples=len(turns), subject="core", note=note)
+    for name, value, unit, note, rivals in parts:
+        yield BenchRow(
+            name=name, unit=unit, value=value, samples=len(turns), subject="core", note=note, rivals=rivals
+        )
+
+
+def _bare_scores_us() -> float:
+    """CPU time of what a step cannot do without: the argmax of 16 UCT scores, in Python."""
+    values, counts = array("d", range(16)), array("i", range(1, 17))
+    start_s = process_time()
+    for _ in range(2000):
+        best, best_score = -1, -inf
+        for slot in range(16):
+            score = values[slot] + 2.0 / sqrt(counts[slot])
+            if score > best_score:
+                best, best_score = slot, score
+        assert best == 15
+    return (process_time() - start_s) / 2000 * 1e6
 
 
 def _fresh(nodes: int, simulations: int) -> tuple[float, float]:

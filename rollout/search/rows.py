@@ -41,6 +41,9 @@ outcome until a branch in flight is back. Given up: failed for good without any.
 """
 
 
+_ONE_UNTRIED = array("i", [UNTRIED])
+
+
 class Rows:
     """The stored columns of a search tree; see `rollout.search.tree` for their layout.
 
@@ -150,11 +153,13 @@ class Rows:
     def _add_slots(self, node: int, prior: Sequence[float] | None, mask: Sequence[bool] | None) -> None:
         count = self.num_actions[node]
         self.first_slot[node] = len(self.slots)
-        self.slots.extend([UNTRIED] * count if mask is None else [UNTRIED if m else ILLEGAL for m in mask])
-        if prior is None:
-            share = 1.0 / (count if mask is None else sum(mask))
-            prior = [share] * count if mask is None else [share if legal else 0.0 for legal in mask]
-        self.priors.extend(prior)
+        if mask is None:
+            self.slots.extend(_ONE_UNTRIED * count)
+            self.priors.extend(array("d", (1.0 / count,)) * count if prior is None else prior)
+        else:
+            share = 1.0 / sum(mask)
+            self.slots.extend([UNTRIED if legal else ILLEGAL for legal in mask])
+            self.priors.extend([share if legal else 0.0 for legal in mask] if prior is None else prior)
         self.slot_value.frombytes(bytes(8 * count))
         self.slot_begun.frombytes(bytes(4 * count))
 
