@@ -27,7 +27,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["pytester", "object_stores"]
+pytest_plugins = ["pytester"]
 
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_S = 10.0

@@ -196,13 +196,21 @@ class RunRecord:
         self._replace(_DESCRIPTION, self._description)
         self._is_begun = True
 
-    def add_metric(self, metric: Mapping[str, float], *, is_last: bool = False) -> None:
+    def add_metric(self, metric: Mapping[str, float]) -> None:
         """Adds one line to `metrics.jsonl`, as `Timeline.add`.
 
         Raises:
             SinkError: It cannot be written.
         """
-        self._timeline.add(metric, is_last=is_last)
+        self._timeline.add(metric)
+
+    def flush_metrics(self) -> None:
+        """Writes what `metrics.jsonl` lacks, as `Timeline.flush`.
+
+        Raises:
+            SinkError: It cannot be written.
+        """
+        self._timeline.flush()
 
     def write_timings(self, timings: PhaseTimings) -> None:
         """Writes `timings.json`: these, and those of earlier sessions.

@@ -129,7 +129,6 @@ class Session:
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None  # the others were cancelled because of it
         await self._fleet.refresh()
-        await asyncio.to_thread(self._record.add_metric, self._measure(), is_last=True)
 
     async def _play_some(self, runner: Runner, sink: TrajectorySink, specs: Iterator[EpisodeSpec]) -> None:
         """Plays episodes one after the other, as many as this worker gets."""
@@ -186,6 +185,8 @@ class Session:
         progress.finished_s = self._clock()
         duration_s = progress.finished_s - (progress.started_s or 0.0)
         self._timings.merge(stats.timings)
+        await asyncio.to_thread(self._record.add_metric, self._measure())
+        await asyncio.to_thread(self._record.flush_metrics)
         await asyncio.to_thread(self._record.write_timings, self._timings)
         # Of earlier sessions, unless they were killed.
         earlier = self._record.description.get("summary", {})

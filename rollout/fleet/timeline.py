@@ -32,7 +32,7 @@ Metric = Mapping[str, float]
 
 
 class Timeline:
-    """Writes the timeline of one run; `add` may be called from any thread.
+    """Writes the timeline of one run; every method may be called from any thread.
 
     Args:
         storage: The run's folder.
@@ -51,6 +51,7 @@ class Timeline:
         self._metrics = list(metrics)
         self._clock = clock
         self._gap_s = 0.0
+        self._num_unwritten = 0
         self._written_s = clock()
         self._lock = threading.Lock()
 
@@ -74,8 +75,8 @@ class Timeline:
         last = metrics[-1] if metrics else {}
         return cls(storage, metrics if storage.local is None else (), clock=clock), last
 
-    def add(self, metric: Metric, *, is_last: bool = False) -> None:
-        """Adds a line; an object store gets it within `WRITE_INTERVAL_S`, or at once when it is the last.
+    def add(self, metric: Metric) -> None:
+        """Adds a line; an object store gets it by `flush`, or after `WRITE_INTERVAL_S` with the next line.
 
         Raises:
             SinkError: It cannot be written. A later call writes what an object store lacks.
@@ -85,10 +86,25 @@ class Timeline:
                 self._append(metric)
                 return
             self._keep(metric)
-            if is_last or self._clock() - self._written_s >= WRITE_INTERVAL_S:
-                self._written_s = self._clock()  # also of a try that fails: the next one has to wait too
-                data = "".join(json.dumps(each) + "\n" for each in self._metrics)
-                self._storage.put(_NAME, data.encode(), "metrics")
+            self._num_unwritten += 1
+            if self._clock() - self._written_s >= WRITE_INTERVAL_S:
+                self._write()
+
+    def flush(self) -> None:
+        """Writes what an object store lacks; a disk lacks nothing.
+
+        Raises:
+            SinkError: It cannot be written.
+        """
+        with self._lock:
+            if self._num_unwritten:
+                self._write()
+
+    def _write(self) -> None:
+        self._written_s = self._clock()  # also of a try that fails: the next one has to wait too
+        data = "".join(json.dumps(each) + "\n" for each in self._metrics)
+        self._storage.put(_NAME, data.encode(), "metrics")
+        self._num_unwritten = 0
 
     def _append(self, metric: Metric) -> None:
         assert self._storage.local is not None

@@ -39,10 +39,12 @@ def halfway() -> Progress:
 def test_the_view_shows_where_the_run_is() -> None:
     console = Console(file=io.StringIO(), width=100)
     console.print(RunView(Progress(8)))
+    console.print(RunView(Progress(8, waits_for="looking for another driver ...")))
     console.print(RunView(halfway()))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for part in (
         "starting Ray",
+        "looking for another driver ...",
         "wall: a wall (for microVMs: install QEMU)",
         "3/8 episodes",
         "3 of 8, 1 failed",
@@ -60,14 +62,17 @@ async def test_elsewhere_it_prints_lines(
     progress = Progress(8)
     async with shown(progress):
         await asyncio.sleep(0.01)
+        progress.waits_for = "looking for another driver ..."
+        await asyncio.sleep(0.05)
         for name in ("wall", "hint", "started_s"):
             setattr(progress, name, getattr(halfway(), name))
         await asyncio.sleep(0.05)
         progress.add(episode(1.0))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == ["starting Ray and the hosts ...", "wall: a wall (for microVMs: install QEMU)"]
+    assert lines[:2] == ["starting Ray and the hosts ...", "looking for another driver ..."]
+    assert lines[2] == "wall: a wall (for microVMs: install QEMU)"
     assert lines[-1].startswith("episodes 1 of 8; mean return 1.000; ")
-    assert len(lines) <= 4, "a line every few seconds, not at every look"
+    assert len(lines) <= 5, "a line every few seconds, not at every look"
 
 
 async def test_on_a_terminal_it_is_live_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from object_stores import gcs_server, s3_server
 
 from rollout.sandbox.image.store import cache_dir
+
+__all__ = ["GuestCluster", "gcs_server", "guest_cluster", "s3_server"]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 START_DEADLINE_S = 120.0

@@ -247,6 +247,21 @@ print(json.dumps([read_run_files(uri).description["status"], assert_whole(uri) >
     assert lock in bucket.names()
 
 
+def test_a_run_in_s3_that_is_interrupted_says_all_it_knows(machine: Machine, bucket: S3Bucket) -> None:
+    run = machine.begin(bucket.uri("runs"), episodes=100_000)
+    wait_until(lambda: sum("/manifest/" in key for key in bucket.names()) >= 2, run)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=DEADLINE_S)
+    assert run.returncode == 130, err
+    [uri] = re.findall(r"are committed in .*; to finish it: rollout run --resume '([^']*)'$", last_line(err))
+    names = {key.split("/")[2] for key in bucket.names() if key.count("/") >= 2}
+    assert {"run.json", "timings.json", "metrics.jsonl"} <= names, "the timeline too, before its time"
+    assert "driver.lock" not in names
+    said = 'print(json.dumps(json.loads(Storage.of(uri).read("run.json"))["status"]))'
+    program = "from rollout.trajectory.storage import Storage\n" + said
+    assert machine.program(program, uri) == "interrupted"
+
+
 def test_what_a_store_refuses_is_one_line(machine: Machine, bucket: S3Bucket) -> None:
     nowhere = S3Bucket("http://127.0.0.1:1", bucket.name)
     missing = S3Bucket(bucket.server)

@@ -40,6 +40,11 @@ def times(storage: Storage) -> list[float]:
     return [json.loads(line)["t_s"] for line in (storage.read_if_there("metrics.jsonl") or b"").splitlines()]
 
 
+def add_last(timeline: Timeline, t_s: float) -> None:
+    timeline.add(line(t_s))
+    timeline.flush()
+
+
 def line(t_s: float) -> dict[str, float]:
     return {"t_s": t_s, "branches": int(10 * t_s)}
 
@@ -61,7 +66,7 @@ def test_a_store_is_written_at_intervals_and_at_the_end(store: Storage, clock: C
     assert times(store) == [1, 2]
     timeline.add(line(3))
     assert times(store) == [1, 2]
-    timeline.add(line(4), is_last=True)
+    add_last(timeline, 4)
     assert times(store) == [1, 2, 3, 4]
 
 
@@ -72,7 +77,7 @@ def test_what_a_store_did_not_take_comes_with_the_next_write(
     in_the_way.mkdir()
     timeline = Timeline(store, clock=clock)
     with pytest.raises(SinkError, match=r"cannot write run/metrics\.jsonl"):
-        timeline.add(line(1), is_last=True)
+        add_last(timeline, 1)
     in_the_way.rmdir()
     timeline.add(line(2))
     assert times(store) == [], "the next try waits for its turn"
@@ -86,7 +91,7 @@ def test_a_long_timeline_in_a_store_stays_bounded_and_even(store: Storage, clock
     num_seconds = 10 * MAX_LINES
     for second in range(num_seconds):
         timeline.add(line(second))
-    timeline.add(line(num_seconds), is_last=True)
+    add_last(timeline, num_seconds)
     found = times(store)
     assert MAX_LINES // 2 <= len(found) <= MAX_LINES
     assert (found[0], found[-1]) == (0, num_seconds)
@@ -97,11 +102,11 @@ def test_a_long_timeline_in_a_store_stays_bounded_and_even(store: Storage, clock
 
 def test_a_timeline_in_a_store_goes_on_where_it_ended(store: Storage, clock: Clock) -> None:
     timeline = Timeline(store, clock=clock)
-    timeline.add(line(1), is_last=True)
+    add_last(timeline, 1)
     store.put("metrics.jsonl", store.read("metrics.jsonl") + b'{"t_s": 2, "bra', "copied from a disk")
     again, last = Timeline.resume(store, clock=clock)
     assert last == line(1)
-    again.add(line(3), is_last=True)
+    add_last(again, 3)
     assert times(store) == [1, 3]
 
 

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from object_stores import s3_server
 from trajectory_factory import ACTION_SPACE, OBSERVATION_SPACE, RUN_ID
 
 from rollout.config import SinkConfig
 from rollout.errors import SinkError
 from rollout.trajectory.sink import TrajectorySink
+
+__all__ = ["OpenSink", "open_sink", "run_dir", "s3_server"]
 
 OpenSink = Callable[..., TrajectorySink]
 
