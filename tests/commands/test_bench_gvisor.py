@@ -24,6 +24,7 @@ GONE_S = 15.0
 """Less than the samples take that were asked for: a sandbox that lives on is not taken for one that ended."""
 FIGURES = {"checkpoint_ms": [3, 1], "restore_ms": [4], "private_mib": [80.5], "file_mib": 5, "version": "1"}
 
+pytestmark = pytest.mark.xdist_group("gvisor")  # each counts the processes of gVisor on this machine
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="gVisor is measured by root only")
 needs_gvisor = pytest.mark.skipif(
     shutil.which("runsc") is None, reason="gVisor is not installed: apt-get install runsc"
