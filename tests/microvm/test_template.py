@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import shutil
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
+from rollout.errors import BootError
 from rollout.sandbox.microvm.confinement import Filter, SystemCall
 from rollout.sandbox.microvm.spawner import Child, Spawner
 from rollout.sandbox.microvm.template import MAX_SCRIPT_BYTES, packed, stub_object
@@ -42,6 +45,25 @@ def template_of(child: Child) -> psutil.Process:
     return template
 
 
+def argument_of(child: Child, program: str) -> str:
+    """What a program was started with, once it runs: before that, a child is the launcher's copy."""
+    give_up_at_s = time.monotonic() + DEADLINE_S
+    while (words := Path(f"/proc/{child.pid}/cmdline").read_text().split("\0"))[0] != program:
+        assert time.monotonic() < give_up_at_s, words
+        time.sleep(0.01)
+    return words[1]
+
+
+def living(processes: Sequence[psutil.Process]) -> set[int]:
+    """Ids of those that have not ended."""
+    found: set[int] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process.pid)
+    return found
+
+
 def end(child: Child) -> None:
     child.kill()
     assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
@@ -69,7 +91,7 @@ def test_forks_share_what_was_relocated(spawner: Spawner, program: str) -> None:
     executed = spawner.spawn([program, "60"], [], {})
     forked = [spawner.spawn([program, "60"], [], {}, from_template=True) for _ in range(2)]
     for child in (executed, *forked):
-        assert Path(f"/proc/{child.pid}/cmdline").read_text().split("\0") == [program, "60", ""]
+        assert argument_of(child, program) == "60"
     own, shared = (psutil.Process(child.pid).memory_full_info().uss for child in (executed, forked[0]))
     assert shared < own
     for child in (executed, *forked):
@@ -123,3 +145,25 @@ def test_the_stub_asks_for_no_executable_stack() -> None:
     assert 0x6474E551 in {kind for kind, _ in segments}, (
         "without this segment the linker makes stacks executable"
     )
+
+
+@needs_bubblewrap
+@pytest.mark.xdist_group("microvm")
+def test_a_late_answer_is_not_taken_for_the_next_one(spawner: Spawner, program: str) -> None:
+    first = spawner.spawn([program, "60"], [], {})
+    launcher = psutil.Process(first.pid).parent()
+    assert launcher is not None
+    spawner._control.settimeout(0.3)
+    launcher.suspend()
+    with pytest.raises(BootError, match="launcher is gone"):
+        spawner.spawn([program, "61"], [], {})
+    launcher.resume()
+    spawner._control.settimeout(DEADLINE_S)
+    second = spawner.spawn([program, "62"], [], {})
+    assert argument_of(second, program) == "62"
+    give_up_at_s = time.monotonic() + DEADLINE_S
+    while living(launcher.children()) != {first.pid, second.pid}:
+        assert time.monotonic() < give_up_at_s, "what nobody waited for lives on"
+        time.sleep(0.01)
+    for child in (first, second):
+        end(child)
