@@ -25,12 +25,11 @@ from collections.abc import Sequence
 
 from rollout.sandbox.microvm.confinement import Filter, SystemCall, filter_header
 
-__all__ = ["CONTROL_FD", "FORK_FLAGS", "MAX_FDS", "MAX_SCRIPT_BYTES", "STUB_FD", "packed", "stub_object"]
+__all__ = ["CONTROL_FD", "FORK_FLAGS", "MAX_SCRIPT_BYTES", "STUB_FD", "packed", "stub_object"]
 
 CONTROL_FD = 3
 STUB_FD = 4
 """Where a template finds its stub when it is executed; closed once it waits."""
-MAX_FDS = 16
 MAX_SCRIPT_BYTES = 1 << 16
 
 _CLONE_PARENT = 0x00008000
