@@ -12,7 +12,8 @@ Invariants:
   stays, can be imported (`rollout.sandbox.microvm.export`).
 
 Not guaranteed: that two hosts which take it from an object store in the same instant do not both get it. A
-folder of a file system lets only one remove a file.
+folder of a file system lets only one remove a file. Nor, where a store took the record, lost its answer and
+cannot be reached to take the record back, that nobody takes it there while the sandbox stays here.
 """
 
 from __future__ import annotations
