@@ -157,6 +157,6 @@ def _config_for(record: Mapping[str, Any]) -> EngineConfig:
         memory_mib, accel = int(machine["memory_mib"]), machine["accel"]
         if accel not in ("kvm", "tcg") or not 64 <= memory_mib <= 65536:
             raise ValueError("there is no such machine")
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint is damaged: {error!r}") from error
     return EngineConfig(kind="microvm", memory_mib=memory_mib, accel=accel)

@@ -332,6 +332,7 @@ def seeds() -> list[bytes]:
     last, first = json.dumps(fine), json.dumps({**fine, "parent_id": None})
     found = [export_of(depot.contents, last, first), export_of(depot.contents, first)]
     found += [export_of(depot.contents, json.dumps({**fine, "parent_id": None, **lie})) for lie in lies]
+    found.append(export_of(depot.contents, json.dumps({k: v for k, v in fine.items() if k != "parent_id"})))
     found += [
         export_of([], "[1]"),
         export_of([], b"{"),

@@ -315,6 +315,12 @@ async def test_a_record_that_names_nothing_is_refused(
         await import_checkpoint(ForeignEngine(), depot.location, "ckpt-1")  # type: ignore[arg-type]
 
 
+async def test_a_record_without_a_parent_is_not_one_at_the_base(depot: Depot) -> None:
+    depot.put_record("ckpt-1", {"machine": {}, "base": {}, "image": {}, "content": {}})
+    with pytest.raises(CheckpointError, match=r"ckpt-1 .* names no parent"):
+        await import_checkpoint(ForeignEngine(), depot.location, "ckpt-1")  # type: ignore[arg-type]
+
+
 def with_checksum(body: str) -> bytes:
     return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}).encode()
 

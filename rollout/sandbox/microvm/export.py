@@ -173,7 +173,7 @@ async def _import(
 ) -> tuple[Snapshot, Stock]:
     try:
         return await _import_parts(engine, depot, record, blocks)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {name} in {depot.location} is damaged: {error!r}") from error
 
 
@@ -199,15 +199,20 @@ def _lineage(depot: Depot, checkpoint_id: str) -> list[tuple[str, dict[str, Any]
     """A checkpoint and its ancestors as far as they are there, oldest first."""
     found = [(checkpoint_id, depot.record(checkpoint_id))]
     there = frozenset(depot.ids())
-    while (parent := found[-1][1].get("parent_id")) is not None and len(found) < _MAX_LINEAGE:
-        if not isinstance(parent, str):
-            raise CheckpointError(f"checkpoint {found[-1][0]} in {depot.location} names no parent")
+    while (parent := _parent_of(depot, *found[-1])) is not None and len(found) < _MAX_LINEAGE:
         if parent not in there:
             break
         if parent in {name for name, _ in found}:
             raise CheckpointError(f"checkpoint {checkpoint_id} in {depot.location} is its own ancestor")
         found.append((parent, depot.record(parent)))
     return found[::-1]
+
+
+def _parent_of(depot: Depot, name: str, record: Mapping[str, Any]) -> str | None:
+    match record:
+        case {"parent_id": str() | None as parent}:
+            return parent
+    raise CheckpointError(f"checkpoint {name} in {depot.location} is damaged: it names no parent")
 
 
 def _fetch_image(depot: Depot, image: Mapping[str, Any]) -> None:
