@@ -212,7 +212,8 @@ def _parent_of(depot: Depot, name: str, record: Mapping[str, Any]) -> str | None
     match record:
         case {"parent_id": str() | None as parent}:
             return parent
-    raise CheckpointError(f"checkpoint {name} in {depot.location} is damaged: it names no parent")
+        case _:
+            raise CheckpointError(f"checkpoint {name} in {depot.location} is damaged: it names no parent")
 
 
 def _fetch_image(depot: Depot, image: Mapping[str, Any]) -> None:
