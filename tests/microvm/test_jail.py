@@ -6,6 +6,7 @@ must succeed; so that no attempt fails for a reason of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -13,13 +14,14 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from interpreters import DEADLINE_S, LIBRARY, MEMORY_BYTES, PYTHON, StoppedInterpreter, interpreter_files
 
 from rollout.errors import BootError
 from rollout.sandbox.microvm.confinement import FIRST_FD
@@ -29,10 +31,6 @@ pytestmark = [
     pytest.mark.xdist_group("microvm"),
     pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed"),
 ]
-PYTHON = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
-LIBRARY = Path(os.__file__).parent
-DEADLINE_S = 30.0
-MEMORY_BYTES = 64 << 20
 PRELUDE = """
 import ctypes, os, resource, signal, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -56,10 +54,7 @@ def probe(attempt: str) -> str:
 
 @pytest.fixture(scope="module")
 def python_files() -> list[Path]:
-    """The interpreter and its compiled modules, of which the jail shows the libraries too."""
-    names = ("_ctypes", "_json", "_socket", "_struct", "array", "math", "mmap", "resource", "select")
-    found = (file for name in names for file in (LIBRARY / "lib-dynload").glob(f"{name}.*.so"))
-    return [PYTHON, *found]
+    return interpreter_files()
 
 
 class ForkingSpawner(Spawner):
@@ -78,7 +73,34 @@ class ForkingSpawner(Spawner):
         return child
 
 
-@pytest.fixture(scope="module", params=[Spawner, ForkingSpawner], ids=["executed", "forked"])
+class FamilySpawner(Spawner):
+    """One whose processes are forks of an interpreter that has run."""
+
+    def __init__(self, read_only: Mapping[str, Path], *, programs: Sequence[str | Path]) -> None:
+        super().__init__(read_only, programs=programs)
+        self._interpreter = StoppedInterpreter(self, "pass")
+
+    def spawn(
+        self,
+        argv: Sequence[str],
+        fds: Sequence[int],
+        limits: Mapping[str, int],
+        *,
+        from_template: bool = True,
+    ) -> Child:
+        if argv[0] != str(PYTHON):
+            return super().spawn(argv, fds, limits, from_template=from_template)
+        return self._interpreter.fork(argv[-1], fds, limits)
+
+    def close(self) -> None:
+        self._interpreter.close()
+        super().close()
+
+
+KINDS = {"executed": Spawner, "forked": ForkingSpawner, "family": FamilySpawner}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def spawner(request: pytest.FixtureRequest, python_files: list[Path]) -> Iterator[Spawner]:
     spawner = request.param({str(LIBRARY): LIBRARY}, programs=python_files)
     yield spawner
@@ -99,7 +121,7 @@ def ended(child: Child) -> dict[str, Any]:
     try:
         assert select.select([child.pidfd], [], [], DEADLINE_S)[0], "the probe hangs"
         # Where no thread can be made, the C library may have the last word.
-        return json.JSONDecoder().raw_decode(child.log())[0]
+        return json.JSONDecoder().raw_decode(os.pread(child.log_fd, 1 << 16, 0).decode())[0]
     finally:
         child.kill()
         child.close()
@@ -167,34 +189,53 @@ def test_what_no_vmm_may(
     assert refused["error"] in ("OSError", "PermissionError", "FileNotFoundError", "ProcessLookupError")
 
 
+@contextlib.contextmanager
+def waiting(spawner: Spawner, memory_fd: int) -> Generator[Path]:
+    """A program that does nothing in the jail: what the host's `/proc` says about it."""
+    program = f"{PRELUDE}\nos.write(2, b'waits')\nsignal.pause()"
+    child = spawner.spawn([str(PYTHON), "-ISc", program], [memory_fd], {})
+    try:
+        give_up_at_s = time.monotonic() + DEADLINE_S
+        while child.log() != "waits":
+            assert time.monotonic() < give_up_at_s, child.log()
+            time.sleep(0.005)
+        yield Path(f"/proc/{child.pid}")
+    finally:
+        child.kill()
+        assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
+        child.close()
+
+
+def status_of(process: Path) -> dict[str, str]:
+    return dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+
+
 def test_a_vmm_sees_only_itself_and_its_view(spawner: Spawner, memory_fd: int) -> None:
-    attempt = (
-        "found = {'root': sorted(os.listdir('/')), 'dev': sorted(os.listdir('/dev')), 'pid': os.getpid(),"
-        " 'processes': sorted(name for name in os.listdir('/proc') if name.isdigit()),"
-        " 'groups': os.getgroups(), 'status': open('/proc/self/status').read(),"
-        " 'mounts': [line.split()[1:4] for line in open('/proc/self/mounts')],"
-        " 'namespaces': {kind: os.readlink('/proc/self/ns/' + kind) for kind in"
-        " ('pid', 'mnt', 'ipc', 'uts', 'net', 'cgroup')}}\n"
-        "raise OSError(json.dumps(found), 'found')"
-    )
-    program = probe(attempt).replace("getattr(error, 'errno', None)", "error.args[0]")
-    found = json.loads(ended(spawner.spawn([str(PYTHON), "-ISc", program], [memory_fd], {}))["errno"])
-    needed = {"dev", "etc", "lib", "lib64", "proc", "usr", LIBRARY.parts[1], PYTHON.parts[1]}
-    assert set(found["root"]) <= needed
-    assert found["dev"] == ["null", "urandom", "zero"]
-    assert found["pid"] == 1
-    if os.geteuid() == 0:
-        assert found["processes"] == ["1"]
-        assert found["groups"] == []
-    status = dict(line.split(":\t", 1) for line in found["status"].splitlines())
-    for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-        assert int(status[kind], 16) == 0, kind
-    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
-    assert status["Uid"].split()[0] != "0"
-    writable = [where for where, _, options in found["mounts"] if "ro" not in options.split(",")]
-    assert set(writable) <= {"/proc", "/dev/null", "/dev/urandom", "/dev/zero"}
-    for kind, name in found["namespaces"].items():
-        assert name != str(Path(f"/proc/self/ns/{kind}").readlink()), f"it shares the host's {kind} namespace"
+    needed = {"dev", "empty", "etc", "lib", "lib64", "proc", "usr", LIBRARY.parts[1], PYTHON.parts[1]}
+    with waiting(spawner, memory_fd) as process:
+        seen = {entry.name for entry in (process / "root").iterdir()}
+        if isinstance(spawner, FamilySpawner):
+            assert not seen
+        else:
+            assert seen <= needed
+            assert {entry.name for entry in (process / "root/dev").iterdir()} == {"null", "urandom", "zero"}
+            if os.geteuid() == 0:
+                inside = (entry.name for entry in (process / "root/proc").iterdir())
+                assert [name for name in inside if name.isdigit()] == ["1"]
+        status = status_of(process)
+        assert status["NSpid"].split()[-1] == "1"
+        if os.geteuid() == 0:
+            assert status["Groups"].split() == []
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(status[kind], 16) == 0, kind
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        assert status["Uid"].split()[0] != "0"
+        mounts = [line.split()[1:4] for line in (process / "mounts").read_text().splitlines()]
+        writable = {where for where, _, options in mounts if "ro" not in options.split(",")}
+        assert writable <= {"/proc", "/dev/null", "/dev/urandom", "/dev/zero"}
+        for kind in ("pid", "mnt", "ipc", "uts", "net", "cgroup"):
+            own, hosts = ((each / "ns" / kind).readlink() for each in (process, Path("/proc/self")))
+            assert own != hosts, f"it shares the host's {kind} namespace"
 
 
 def test_vmms_cannot_reach_each_other(spawner: Spawner, memory_fd: int) -> None:
@@ -218,11 +259,13 @@ def test_vmms_cannot_reach_each_other(spawner: Spawner, memory_fd: int) -> None:
 
 
 def test_no_two_vmms_share_a_user(spawner: Spawner, memory_fd: int) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can give each VMM a user")
-    attempt = "raise OSError(os.getuid(), '')"
-    users = {in_jail(spawner, attempt, [memory_fd])["errno"] for _ in range(3)}
-    assert len(users | {0}) == 4
+    """Each has a number of its own, or is alone in a user namespace."""
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(waiting(spawner, memory_fd)) for _ in range(3)]
+        users = {((each / "ns/user").readlink(), status_of(each)["Uid"].split()[0]) for each in processes}
+        assert len(users) == 3
+        if os.geteuid() == 0:
+            assert not {"0"} & {uid for _, uid in users}
 
 
 def test_threads_are_limited(spawner: Spawner, memory_fd: int) -> None:
@@ -269,19 +312,21 @@ def test_a_program_that_is_not_shown_is_not_started(spawner: Spawner, memory_fd:
         Spawner({}, programs=["/no-such-program"])
 
 
-@pytest.mark.parametrize("kind", [Spawner, ForkingSpawner])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_the_end_of_the_launcher_is_the_end_of_its_vmms(
     python_files: list[Path], kind: type[Spawner]
 ) -> None:
     spawner = kind({str(LIBRARY): LIBRARY}, programs=python_files)
     child = spawner.spawn([str(PYTHON), "-ISc", "import signal; signal.pause()"], [], {})
     launcher = psutil.Process(child.pid).parent()
+    if launcher is not None and kind is FamilySpawner:
+        launcher = launcher.parent()  # of the family's first process
     try:
         assert launcher is not None
         launcher.kill()
         assert select.select([child.pidfd], [], [], DEADLINE_S)[0], "a VMM outlives its launcher"
         with pytest.raises(BootError, match="launcher is gone"):
-            spawner.spawn([str(PYTHON)], [], {})
+            Spawner.spawn(spawner, [str(PYTHON)], [], {})
     finally:
         child.close()
         spawner.close()

@@ -16,10 +16,12 @@ from rollout.config import ImageConfig
 from rollout.errors import BootError, CheckpointError, ForkError, GuestError
 from rollout.sandbox import client as client_module
 from rollout.sandbox.engines import what_is_missing
+from rollout.sandbox.microvm import source
 from rollout.sandbox.microvm.engine import MicroVMEngine
 from rollout.sandbox.microvm.memory import GuestMemory
+from rollout.sandbox.microvm.prototype import Family
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox
-from rollout.sandbox.microvm.spawner import Spawner
+from rollout.sandbox.microvm.spawner import Child, Spawner
 from rollout.sandbox.microvm.vmm import Vmm
 
 _missing = what_is_missing("microvm", ImageConfig())
@@ -55,14 +57,16 @@ class Killer:
             os.kill(pid, signal.SIGKILL)
 
     def when_started(self) -> None:
-        real = Spawner.spawn
+        for owner, name in ((Spawner, "spawn"), (Family, "member")):
+            self._monkeypatch.setattr(owner, name, self._striking(getattr(owner, name)))
 
-        def spawn(spawner: Spawner, *args: Any, **options: Any) -> Any:
-            child = real(spawner, *args, **options)
+    def _striking(self, start: Callable[..., Child]) -> Callable[..., Child]:
+        def started(*args: Any, **options: Any) -> Child:
+            child = start(*args, **options)
             self.strike(child.pid)
             return child
 
-        self._monkeypatch.setattr(Spawner, "spawn", spawn)
+        return started
 
     def before(self, phase: str) -> None:
         real: Callable[..., Any] = getattr(Vmm, phase)
@@ -122,7 +126,14 @@ async def test_vmms_killed_while_they_start(
     await killer.require_all_reaped()
 
 
+@pytest.fixture
+def without_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every VMM starts as a program, and becomes its first checkpoint by `assign`."""
+    monkeypatch.setattr(source, "_MAX_FAILURES", 0)
+
+
 @pytest.mark.parametrize("moment", ["before", "in_the_middle_of"])
+@pytest.mark.usefixtures("without_prototypes")
 async def test_a_vmm_killed_while_it_becomes_a_checkpoint(
     engine: MicroVMEngine, machine: MicroVMSandbox, killer: Killer, moment: str
 ) -> None:

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.errors import BootError, ForkError
+from rollout.errors import BootError, ForkError, RolloutError
 from rollout.sandbox.microvm.machine import MachineShape, Start, qemu_argv
-from rollout.sandbox.microvm.pool import Demand, Ready, VmmPool
+from rollout.sandbox.microvm.pool import Demand, VmmPool
+from rollout.sandbox.microvm.ready import Ready
 
 START = Start(binary="qemu", ram=Path("/ram"), share=False, qmp_fd=100, guest_fd=101, state_fd=102)
 
@@ -67,43 +68,60 @@ class FakeVmm:
         self.is_killed = False
         self.child = self
         self.has_ended = False
+        self.is_dormant = True
 
     def kill(self) -> None:
         self.is_killed = True
 
 
-async def test_a_pool_refills_off_the_path_and_ends_what_it_holds() -> None:
-    made: list[FakeVmm] = []
+class FakeSource:
+    """Starts such VMMs, and fails when it is told to."""
 
-    async def start() -> FakeVmm:
+    def __init__(self, *, warms: bool = False) -> None:
+        self.made: list[FakeVmm] = []
+        self.failures: dict[int, RolloutError] = {}
+        self._warms = warms
+
+    async def start(self) -> Ready:
         await asyncio.sleep(0)
-        made.append(FakeVmm())
-        return made[-1]
+        if (failure := self.failures.get(len(self.made))) is not None:
+            raise failure
+        self.made.append(FakeVmm())
+        return Ready(self.made[-1])  # type: ignore[arg-type]
 
-    pool = VmmPool(start, Demand(low=3, high=5))
-    first = (await pool.take()).vmm
-    while pool.num_ready < 3:
+    async def start_ahead(self) -> Ready:
+        ready = await self.start()
+        ready.vmm.is_dormant = not self._warms
+        return ready
+
+    async def start_dormant(self) -> Ready:
+        return await self.start()
+
+
+async def filled(pool: VmmPool, num_ready: int) -> None:
+    while pool.num_ready < num_ready:
         await asyncio.sleep(0.001)
+
+
+async def test_a_pool_refills_off_the_path_and_ends_what_it_holds() -> None:
+    source = FakeSource()
+    pool = VmmPool(source, Demand(low=3, high=5))
+    first = (await pool.take()).vmm
+    await filled(pool, 3)
     taken = [(await pool.take()).vmm for _ in range(3)]
     assert len({id(vmm) for vmm in (first, *taken)}) == 4, "one VMM was handed out twice"
     await pool.close()
     await pool.close()
-    assert all(vmm.is_killed for vmm in made if vmm not in (first, *taken))
+    assert all(vmm.is_killed for vmm in source.made if vmm not in (first, *taken))
     for vmm in (first, *taken):
         vmm.kill()
 
 
 async def test_a_pool_prefers_what_has_run_and_keeps_no_more_than_it_needs() -> None:
-    made: list[FakeVmm] = []
-
-    async def start() -> FakeVmm:
-        made.append(FakeVmm())
-        return made[-1]
-
-    pool = VmmPool(start, Demand(low=2, high=2))
+    source = FakeSource(warms=True)
+    pool = VmmPool(source, Demand(low=2, high=2))
     used = [await pool.take() for _ in range(3)]
-    while pool.num_ready < 2:
-        await asyncio.sleep(0.001)
+    await filled(pool, 2)
     for ready in used:
         pool.give_back(ready)
     assert pool.num_ready == 2
@@ -114,62 +132,74 @@ async def test_a_pool_prefers_what_has_run_and_keeps_no_more_than_it_needs() -> 
     await pool.close()
     pool.give_back(Ready(fresh.vmm))
     used[2].vmm.kill()
-    assert all(vmm.is_killed for vmm in made)
+    assert all(vmm.is_killed for vmm in source.made)
 
 
-async def test_a_pool_warms_up_what_it_starts_ahead() -> None:
-    made: list[FakeVmm] = []
-    warm: list[FakeVmm] = []
+async def test_a_pool_takes_what_was_left_before_what_is_warm_and_that_before_what_never_ran() -> None:
+    source = FakeSource(warms=True)
+    pool = VmmPool(source, Demand(low=1, high=1))
+    used = await pool.take()
+    await filled(pool, 1)
+    warm = source.made[-1]
+    pool._demand.low = pool._demand.high = 2
+    pool.give_back(used)
+    source._warms = False
+    assert (await pool.take()).vmm is used.vmm
+    assert (await pool.take()).vmm is warm
+    await filled(pool, 2)
+    assert (await pool.take()).vmm.is_dormant
+    await pool.close()
+    for vmm in source.made:
+        vmm.kill()
 
-    async def start() -> FakeVmm:
-        made.append(FakeVmm())
-        return made[-1]
 
-    async def warm_up(vmm: FakeVmm) -> None:
-        if len(made) == 3:
-            raise ForkError("not this one")
-        warm.append(vmm)
-
-    pool = VmmPool(start, Demand(low=2, high=2), warm_up)
+async def test_a_pool_goes_on_when_something_does_not_come_up() -> None:
+    source = FakeSource(warms=True)
+    source.failures = {2: ForkError("not this one")}
+    pool = VmmPool(source, Demand(low=2, high=2))
     first = (await pool.take()).vmm
-    assert not warm, "who waits does not wait for a warm-up"
-    while not made[2:] or not made[2].is_killed:
-        await asyncio.sleep(0.001)
+    await filled(pool, 1)
+    assert pool._refill is not None
+    await pool._refill
     assert pool.num_ready == 1
     second = (await pool.take()).vmm
-    assert second is warm[0]
+    assert second is source.made[1]
     await pool.close()
     first.kill()
     second.kill()
-    assert all(vmm.is_killed for vmm in made)
+    assert all(vmm.is_killed for vmm in source.made)
 
 
 async def test_a_pool_hands_out_no_dead_vmm() -> None:
-    made: list[FakeVmm] = []
-
-    async def start() -> FakeVmm:
-        made.append(FakeVmm())
-        return made[-1]
-
-    pool = VmmPool(start, Demand(low=2, high=2))
+    source = FakeSource()
+    pool = VmmPool(source, Demand(low=2, high=2))
     taken = [(await pool.take()).vmm]
-    while pool.num_ready < 2:
-        await asyncio.sleep(0.001)
-    made[1].has_ended = made[2].has_ended = True
+    await filled(pool, 2)
+    source.made[1].has_ended = source.made[2].has_ended = True
     taken.append((await pool.take()).vmm)
     assert not taken[1].has_ended
-    assert made[1].is_killed
-    assert made[2].is_killed
+    assert source.made[1].is_killed
+    assert source.made[2].is_killed
     await pool.close()
     for vmm in taken:
         vmm.kill()
 
 
 async def test_a_pool_that_cannot_start_says_so_to_who_takes() -> None:
-    async def start() -> FakeVmm:
-        raise BootError("no VMM today")
-
-    pool = VmmPool(start, Demand(low=1, high=1))
+    source = FakeSource()
+    source.failures = {0: BootError("no VMM today")}
+    pool = VmmPool(source, Demand(low=1, high=1))
     with pytest.raises(BootError, match="today"):
         await pool.take()
     await pool.close()
+
+
+async def test_a_pool_that_is_closed_meanwhile_hands_out_nothing() -> None:
+    source = FakeSource()
+    pool = VmmPool(source, Demand(low=1, high=1))
+    taking = asyncio.create_task(pool.take())
+    await asyncio.sleep(0)
+    await pool.close()
+    with pytest.raises(BootError, match="closed"):
+        await taking
+    assert all(vmm.is_killed for vmm in source.made)

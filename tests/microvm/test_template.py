@@ -119,16 +119,18 @@ def test_a_packet_points_into_itself() -> None:
         SystemCall("one", 157, (22, 2, Filter(b"12345678"), 0, 0)),
         SystemCall("two", 161, (b"/vmm\0",), may_fail=True),
     ]
-    packet = packed(calls, 17, ADDRESS)
-    assert struct.unpack_from("QQ", packet) == (17, 2)
-    number, _, _, header_at, *_, may_fail = struct.unpack_from("8Q", packet, 16)
+    packet = packed(calls, 17, ADDRESS, control_fd=9, stays=True, afterwards=[SystemCall("three", 3, (7,))])
+    first_at, third_at = 48, 48 + 2 * 64
+    assert struct.unpack_from("6Q", packet) == (17, 9, 1, 2, 1, ADDRESS + third_at)
+    number, _, _, header_at, *_, may_fail = struct.unpack_from("8Q", packet, first_at)
     assert (number, may_fail) == (157, 0)
     length, filter_at = struct.unpack_from("HxxxxxxQ", packet, header_at - ADDRESS)
     assert length == 1
     assert packet[filter_at - ADDRESS :][:8] == b"12345678"
-    number, path_at, *_, may_fail = struct.unpack_from("8Q", packet, 16 + 64)
+    number, path_at, *_, may_fail = struct.unpack_from("8Q", packet, first_at + 64)
     assert (number, may_fail) == (161, 1)
     assert packet[path_at - ADDRESS :][:5] == b"/vmm\0"
+    assert struct.unpack_from("2Q", packet, third_at) == (3, 7)
 
 
 def test_a_packet_that_does_not_fit_is_refused() -> None:

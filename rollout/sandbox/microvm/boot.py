@@ -11,7 +11,7 @@ from rollout.sandbox.client import GuestClient
 from rollout.sandbox.microvm.machine import BootFiles, MachineShape
 from rollout.sandbox.microvm.memory import has_pagemap_scan
 from rollout.sandbox.microvm.spawner import Spawner
-from rollout.sandbox.microvm.vmm import Vmm
+from rollout.sandbox.microvm.starting import start_vmm
 from rollout.types import Randomness
 
 __all__ = ["InThread", "boot_into"]
@@ -54,7 +54,7 @@ async def boot_into(
         BootError: The guest did not come up, or a command failed.
     """
     vmm = await in_thread(
-        lambda: Vmm.start(
+        lambda: start_vmm(
             spawner, shape, files, fd, make_base=True, use_scan=has_pagemap_scan(), timeout_s=timeout_s
         )
     )

@@ -31,14 +31,14 @@ VIEW_FOLDER = "/vmm"
 """Where the launcher sees what is to be the root folder of VMMs."""
 
 _WRITE, _OPEN, _CLOSE, _DUP2 = 1, 2, 3, 33
-_CLONE, _CHDIR, _SETSID, _SETGROUPS, _SETRESUID, _SETRESGID = 56, 80, 112, 116, 117, 119
+_MADVISE, _CLONE, _CHDIR, _SETSID, _SETGROUPS, _SETRESUID, _SETRESGID = 28, 56, 80, 112, 116, 117, 119
 _CAPSET, _PRCTL, _CHROOT, _MOUNT, _PRLIMIT, _CLOSE_RANGE = 126, 157, 161, 165, 302, 436
 _LOWEST_FREE_FD = 3
 _O_WRONLY, _O_RDWR = 1, 2
 _ALL = 0xFFFFFFFF
 _PROC_FLAGS = 0x2 | 0x4 | 0x8  # no set-user-id, no devices, no programs
-_CLONE_NEWUSER = 0x10000000
-_CLONE_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000
+NEW_USERS = 0x10000000
+NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000
 """mount, cgroup, UTS, IPC and process id."""
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 4, 22, 24
 _PR_SET_NO_NEW_PRIVS, _PR_SET_THP_DISABLE = 38, 41
@@ -50,11 +50,11 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _AUDIT_ARCH_X86_64 = 0xC000003E
 _X32_BIT = 0x40000000
-_CLONE_THREAD = 0x00010000
+CLONE_THREAD = 0x00010000
 _EPERM, _ENOSYS = 1, 38
 _CLONE3 = 435
 """Its flags are in memory, where a filter cannot see them; glibc falls back to clone."""
-_DENIED = (
+DENIED = (
     *(41, 42, 43, 49, 50, 53, 288),  # socket, connect, accept, bind, listen, socketpair, accept4
     *(57, 58, 101, 310, 311, 312),  # fork, vfork, ptrace, process_vm_readv, process_vm_writev, kcmp
     *(155, 161, 165, 166, 272, 308),  # pivot_root, chroot, mount, umount2, unshare, setns
@@ -84,12 +84,19 @@ class SystemCall(NamedTuple):
         number: Its number.
         arguments: Numbers, or what a pointer is to point to.
         may_fail: Its failure does not matter.
+        makes_thread: It is a `clone` whose thread goes on elsewhere.
     """
 
     name: str
     number: int
     arguments: tuple[int | bytes | Filter, ...]
     may_fail: bool = False
+    makes_thread: bool = False
+
+    @property
+    def outcome(self) -> int:
+        """As the stub of a template reads it (`rollout.sandbox.microvm.template`)."""
+        return 2 if self.makes_thread else int(self.may_fail)
 
 
 def namespaces(*, own_users: bool) -> int:
@@ -98,7 +105,7 @@ def namespaces(*, own_users: bool) -> int:
     The network namespace, which has no network, is shared: one costs 200 KB, and the filter denies every new
     socket.
     """
-    return _CLONE_NAMESPACES | (_CLONE_NEWUSER if own_users else 0) | signal.SIGCHLD
+    return NAMESPACES | (NEW_USERS if own_users else 0) | signal.SIGCHLD
 
 
 def confinement(
@@ -113,22 +120,32 @@ def confinement(
         owner: User and group of the owner, outside of all namespaces.
     """
     return [
-        *_descriptors(fds),
+        *descriptors(fds),
         SystemCall("setsid", _SETSID, ()),
-        *(_own_user(*owner) if uid is None else [_own_proc()]),
+        *(own_user(*owner) if uid is None else [own_proc()]),
         SystemCall("chroot", _CHROOT, (VIEW_FOLDER.encode() + b"\0",)),
         SystemCall("chdir", _CHDIR, (b"/\0",)),
-        *[
-            SystemCall(name, _PRLIMIT, (0, getattr(resource, name), struct.pack("QQ", value, value), 0))
-            for name, value in limits.items()
-        ],
-        *_no_privileges(uid),
-        SystemCall("no huge pages", _PRCTL, (_PR_SET_THP_DISABLE, 1, 0, 0, 0)),
-        SystemCall("filter", _PRCTL, (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _filter(), 0, 0)),
+        *limited(limits),
+        *no_privileges(uid),
+        no_huge_pages(),
+        filtered(filter_of(DENIED)),
     ]
 
 
-def _descriptors(fds: Sequence[int]) -> list[SystemCall]:
+def limited(limits: Mapping[str, int]) -> list[SystemCall]:
+    """Sets resource limits, by their name in the `resource` module."""
+    return [
+        SystemCall(name, _PRLIMIT, (0, getattr(resource, name), struct.pack("QQ", value, value), 0))
+        for name, value in limits.items()
+    ]
+
+
+def no_huge_pages() -> SystemCall:
+    """Every page of it is small: a huge one would be copied whole."""
+    return SystemCall("no huge pages", _PRCTL, (_PR_SET_THP_DISABLE, 1, 0, 0, 0))
+
+
+def descriptors(fds: Sequence[int]) -> list[SystemCall]:
     *given, log_fd = fds
     free = _LOWEST_FREE_FD
     return [
@@ -143,17 +160,17 @@ def _descriptors(fds: Sequence[int]) -> list[SystemCall]:
     ]
 
 
-def _own_proc() -> SystemCall:
+def own_proc(*, may_fail: bool = False) -> SystemCall:
     """The processes of its own namespace instead of the launcher's."""
     where = f"{VIEW_FOLDER}/proc".encode() + b"\0"
-    return SystemCall("mount /proc", _MOUNT, (b"proc\0", where, b"proc\0", _PROC_FLAGS, 0))
+    return SystemCall("mount /proc", _MOUNT, (b"proc\0", where, b"proc\0", _PROC_FLAGS, 0), may_fail)
 
 
-def _own_user(uid: str, gid: str) -> list[SystemCall]:
+def own_user(uid: str, gid: str, free_fd: int = _LOWEST_FREE_FD) -> list[SystemCall]:
     """Makes the user of a new user namespace the one that it was: nobody else exists there."""
     calls: list[SystemCall] = []
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        data, free = text.encode(), _LOWEST_FREE_FD
+        data, free = text.encode(), free_fd
         calls += [
             SystemCall(f"open {name}", _OPEN, (f"/proc/self/{name}".encode() + b"\0", _O_WRONLY, 0)),
             SystemCall(f"write {name}", _WRITE, (free, data, len(data))),
@@ -162,7 +179,7 @@ def _own_user(uid: str, gid: str) -> list[SystemCall]:
     return calls
 
 
-def _no_privileges(uid: int | None) -> list[SystemCall]:
+def no_privileges(uid: int | None) -> list[SystemCall]:
     """Takes every capability, and the user id given; none can be gained later."""
     calls = [
         # The kernel has fewer.
@@ -185,14 +202,28 @@ def _no_privileges(uid: int | None) -> list[SystemCall]:
     ]
 
 
-def _filter() -> Filter:
-    """Denies `_DENIED` from here on, to this process and all that it becomes."""
-    load = (_LOAD, 0, 0, 4)  # the architecture; the number is at 0, the first argument at 16
+def filtered(program: Filter) -> SystemCall:
+    """Puts this thread, and all that come from it, under a filter."""
+    return SystemCall("filter", _PRCTL, (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0))
+
+
+def filter_of(denied: Sequence[int], clone_flags: int = CLONE_THREAD, ignored_advice: int = 0) -> Filter:
+    """A filter of system calls.
+
+    Args:
+        denied: Numbers of those that fail.
+        clone_flags: `clone` fails with none of them.
+        ignored_advice: What `madvise` is told it has done, and does not do; 0 for none.
+    """
+    load = (_LOAD, 0, 0, 4)  # the architecture; the number is at 0, arguments at 16, 24, 32, ...
     program = [load, (_EQUAL, 1, 0, _AUDIT_ARCH_X86_64), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     program += [(_AT_LEAST, 0, 1, _X32_BIT), (_RETURN, 0, 0, _KILL)]
     program += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | _ENOSYS)]
-    for number in _DENIED:
+    for number in denied:
         program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | _EPERM)]
+    if ignored_advice:
+        program += [(_EQUAL, 0, 4, _MADVISE), (_LOAD, 0, 0, 32), (_EQUAL, 0, 1, ignored_advice)]
+        program += [(_RETURN, 0, 0, _ERRNO), (_RETURN, 0, 0, _ALLOW)]
     program += [(_EQUAL, 0, 3, _CLONE), (_LOAD, 0, 0, 16)]
-    program += [(_ANY_BIT, 1, 0, _CLONE_THREAD), (_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)]
+    program += [(_ANY_BIT, 1, 0, clone_flags), (_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)]
     return Filter(b"".join(struct.pack("HBBI", *each) for each in program))

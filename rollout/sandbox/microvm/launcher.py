@@ -28,7 +28,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -42,7 +41,16 @@ from rollout.sandbox.microvm.confinement import (
     filter_header,
     namespaces,
 )
-from rollout.sandbox.microvm.template import CONTROL_FD, FORK_FLAGS, STUB_FD, packed, stub_object
+from rollout.sandbox.microvm.family import first_process
+from rollout.sandbox.microvm.template import (
+    CONTROL_FD,
+    FORK_FLAGS,
+    STUB_FD,
+    forked,
+    number_from,
+    packed,
+    stub_object,
+)
 
 __all__ = ["MAX_PACKET_BYTES", "main"]
 
@@ -124,9 +132,14 @@ class _Launcher:
         request = json.loads(packet)
         number = {"number": request["number"]}
         try:
-            pid = self._fork_template(request, fds) if request["from_template"] else None
-            answer = {**number, "from_template": pid is not None}
-            pidfd = os.pidfd_open(self._execute(request, fds) if pid is None else pid)
+            if request["kind"] == "family":
+                pid, address = self._start_family(request, fds)
+                answer = {**number, "address": address}
+            else:
+                found = self._fork_template(request, fds) if request["kind"] == "fork" else None
+                answer = {**number, "from_template": found is not None}
+                pid = self._execute(request, fds) if found is None else found
+            pidfd = os.pidfd_open(pid)
             try:
                 socket.send_fds(self._control, [json.dumps(answer).encode()], [pidfd])
             finally:
@@ -182,8 +195,26 @@ class _Launcher:
         there = range(CONTROL_FD + 1, CONTROL_FD + 1 + len(fds))
         calls = confinement(there, request["limits"], request["uid"], self._owner)
         script = packed(calls, namespaces(own_users=own_users) | FORK_FLAGS, template.address)
-        socket.send_fds(template.control, [script], fds)
-        return _number_from(template.control)
+        return forked(template.control, script, fds)
+
+    def _start_family(self, request: dict[str, Any], fds: Sequence[int]) -> tuple[int, int]:
+        """Starts the first process of a family of VMMs: its id, and where its packets lie.
+
+        Raises:
+            OSError: Templates do not work, or the kernel makes no process.
+        """
+        argv = tuple(request["argv"])
+        template = self._templates.get(argv) or self._start_template(argv)
+        own_users = bool(request["own_users"])
+        control_fd, log_fd = range(CONTROL_FD + 1, CONTROL_FD + 1 + len(fds))
+        calls = first_process(control_fd, log_fd, self._owner, own_users=own_users)
+        script = packed(calls, namespaces(own_users=own_users) | FORK_FLAGS, template.address, stays=True)
+        try:
+            pid = forked(template.control, script, fds)
+        except OSError:
+            self._end_template(argv)
+            raise
+        return _check(pid, "clone", -pid), template.address
 
     def _start_template(self, argv: tuple[str, ...]) -> Template:
         """Loads a program, and waits until it waits.
@@ -195,6 +226,7 @@ class _Launcher:
             self._end_template(next(iter(self._templates)))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(_ANSWER_WITHIN_S)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         stub_fd = os.memfd_create("stub")
         try:
             os.write(stub_fd, stub_object())
@@ -204,7 +236,7 @@ class _Launcher:
             os.close(stub_fd)
             theirs.close()
         try:
-            address = _number_from(ours)
+            address = number_from(ours)
             if (num_threads := _num_threads(pid)) != 1:
                 raise OSError(f"a library of {argv[0]} has started {num_threads - 1} threads")
             self._templates[argv] = Template(ours, address)
@@ -221,18 +253,6 @@ class _Launcher:
 def _num_threads(pid: int) -> int:
     with os.scandir(f"/proc/{pid}/task") as threads:
         return sum(1 for _ in threads)
-
-
-def _number_from(control: socket.socket) -> int:
-    """The next eight bytes from a template.
-
-    Raises:
-        OSError: They do not come.
-    """
-    answer = control.recv(8)
-    if len(answer) != 8:
-        raise OSError("a template has ended")
-    return struct.unpack("<q", answer)[0]
 
 
 def _become(argv: list[str], calls: Sequence[SystemCall]) -> NoReturn:

@@ -31,7 +31,7 @@ KERNEL_COMMAND_LINE = (
 )
 """Of every guest. No huge pages: making one copies megabytes, now and then, in each clone for itself."""
 # obsolete, elevateprivileges, spawn and resourcecontrol are QEMU's seccomp groups; a VMM needs none of them.
-_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn={},resourcecontrol=deny"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,7 @@ class Start:
             VM that makes a base.
         filters_itself: The program has QEMU's own filter of system calls. Debian's small KVM build has none,
             and is left to the filter that it is started under.
+        has_forks: It is to be forked (see `rollout.sandbox.microvm.prototype`), and may make processes.
     """
 
     binary: str
@@ -119,12 +120,14 @@ class Start:
     firmware: Path | None = None
     rewind_fds: tuple[int, int] | None = None
     filters_itself: bool = True
+    has_forks: bool = False
 
 
 def qemu_argv(shape: MachineShape, start: Start) -> list[str]:
     """The arguments of a VMM that boots (with a kernel) or waits to become a checkpoint (without)."""
     accel = f"tcg,tb-size={shape.translation_mib}" if shape.accel == "tcg" else shape.accel
     share = "on" if start.share else "off"
+    spawn = "allow" if start.has_forks else "deny"
     argv = [
         *(start.binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-M", _MACHINE, "-global", "migration.send-configuration=off"),
@@ -133,7 +136,7 @@ def qemu_argv(shape: MachineShape, start: Start) -> list[str]:
         f"memory-backend-file,id=ram,size={shape.memory_mib}M,mem-path={start.ram},share={share}",
         *("-chardev", f"socket,id=qmp,fd={start.qmp_fd}", "-mon", "chardev=qmp,mode=control"),
         *("-add-fd", f"fd={start.state_fd},set=1"),
-        *(("-sandbox", _SANDBOX) if start.filters_itself else ()),
+        *(("-sandbox", _SANDBOX.format(spawn)) if start.filters_itself else ()),
     ]
     argv += _devices(start)
     if start.rewind_fds is not None:

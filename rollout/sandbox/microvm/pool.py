@@ -1,8 +1,8 @@
 """VMMs that wait to become a checkpoint of their base, so that a fork waits for none.
 
-Two kinds wait. Dormant ones were started ahead and have never run. Retired ones have: a sandbox that ended
-left them, or they were started ahead and warmed up, so that a VMM that translates code has what the guest
-runs first translated. Putting one back is far cheaper then, so they are taken first.
+Three kinds wait, taken in this order. Retired ones were left by a sandbox that ended: what guests do is
+translated in them, and putting one back is cheap. Warm ones were started ahead, and have what a clone does
+first translated. Dormant ones were started ahead and have never run.
 
 `Demand` is pure: it turns the recent takes of a base into the number of VMMs to keep ready. `VmmPool`
 acts on it: it refills in worker threads, off the path of whoever takes.
@@ -13,15 +13,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from rollout.errors import BootError, RolloutError
-from rollout.sandbox.microvm.memory import Pages
-from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
-from rollout.sandbox.microvm.vmm import Vmm
+from rollout.sandbox.microvm.ready import Ready
 
-__all__ = ["Demand", "Ready", "VmmPool", "become"]
+__all__ = ["Demand", "Source", "VmmPool"]
 
 
 @dataclass(slots=True)
@@ -55,38 +54,35 @@ class Demand:
         return min(self.high, max(self.low, math.ceil(rate_per_s * self.start_s), burst))
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A VMM that waits.
+class Source(Protocol):
+    """Where VMMs come from; see `rollout.sandbox.microvm.source`. All raise `BootError`."""
 
-    Attributes:
-        vmm: Dormant, or stopped.
-        content: What a stopped one's memory is known to hold; None if that must be read.
-    """
+    async def start(self) -> Ready:
+        """A VMM, as soon as there can be one."""
+        ...
 
-    vmm: Vmm
-    content: Snapshot | None = None
+    async def start_ahead(self) -> Ready:
+        """A VMM that costs its user as little as possible; raises other `RolloutError`, too."""
+        ...
+
+    async def start_dormant(self) -> Ready:
+        """A VMM that has never run."""
+        ...
 
 
 class VmmPool:
     """The waiting VMMs of one base.
 
     Args:
-        start: Starts one; raises `BootError`.
+        source: Where they come from.
         demand: Decides how many to keep.
-        warm_up: Lets a dormant one run and stops it; raises `RolloutError`. None where it gains nothing.
     """
 
-    def __init__(
-        self,
-        start: Callable[[], Awaitable[Vmm]],
-        demand: Demand,
-        warm_up: Callable[[Vmm], Awaitable[None]] | None = None,
-    ) -> None:
-        self._start = start
-        self._warm_up = warm_up
+    def __init__(self, source: Source, demand: Demand) -> None:
+        self._source = source
         self._demand = demand
         self._dormant: list[Ready] = []
+        self._warm: list[Ready] = []
         self._retired: list[Ready] = []
         self._refill: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -95,7 +91,7 @@ class VmmPool:
     @property
     def num_ready(self) -> int:
         """VMMs that wait."""
-        return len(self._dormant) + len(self._retired)
+        return len(self._dormant) + len(self._warm) + len(self._retired)
 
     def announce(self, n: int) -> None:
         """Says that n are about to be taken at once."""
@@ -110,10 +106,12 @@ class VmmPool:
         Raises:
             BootError: It could not be started.
         """
-        found = None if dormant else _pop_living(self._retired)
+        found = None if dormant else _pop_living(self._retired) or _pop_living(self._warm)
         found = found or _pop_living(self._dormant)
+        if found is None:  # before others are started ahead, which would take their turn first
+            found = await self._held(self._source.start_dormant() if dormant else self._source.start())
         self._keep_filled()
-        return found or Ready(await self._start_one())
+        return found
 
     def give_back(self, ready: Ready) -> None:
         """Takes a VMM that its user has no more use for; ends the oldest ones that are more than enough."""
@@ -123,7 +121,7 @@ class VmmPool:
         self._retired.append(ready)
         enough = max(self._demand.target(asyncio.get_running_loop().time()), 1)
         while self.num_ready > enough:
-            waiting = self._dormant or self._retired
+            waiting = self._dormant or self._warm or self._retired
             waiting.pop(0).vmm.kill()
 
     async def drain(self) -> None:
@@ -132,7 +130,7 @@ class VmmPool:
             self._is_draining = True
             await asyncio.wait([self._refill])
             self._is_draining = False
-        for waiting in (self._dormant, self._retired):
+        for waiting in (self._dormant, self._warm, self._retired):
             while waiting:
                 waiting.pop().vmm.kill()
 
@@ -160,23 +158,16 @@ class VmmPool:
             self._demand.note_start(loop.time() - begun_s)
 
     async def _start_ahead(self) -> None:
-        vmm = await self._start_one()
-        if self._warm_up is None:
-            self._dormant.append(Ready(vmm))
-            return
-        try:
-            await self._warm_up(vmm)
-        except BaseException:
-            vmm.kill()
-            raise
-        self._retired.append(Ready(vmm))
+        ready = await self._held(self._source.start_ahead())
+        (self._dormant if ready.vmm.is_dormant else self._warm).append(ready)
 
-    async def _start_one(self) -> Vmm:
-        vmm = await self._start()
+    async def _held(self, starting: Awaitable[Ready]) -> Ready:
+        """What is being started, unless nobody may have it any more."""
+        ready = await starting
         if self._is_closed:
-            vmm.kill()
+            ready.vmm.kill()
             raise BootError("the engine is closed")
-        return vmm
+        return ready
 
 
 def _pop_living(waiting: list[Ready]) -> Ready | None:
@@ -187,22 +178,3 @@ def _pop_living(waiting: list[Ready]) -> Ready | None:
             return ready
         ready.vmm.kill()
     return None
-
-
-def become(ready: Ready, snapshot: Snapshot, cache: RawCache, base_pages: Pages, timeout_s: float) -> None:
-    """Makes a waiting VMM into a snapshot; its vCPU runs when this returns. Blocking.
-
-    Raises:
-        CheckpointError: The snapshot is damaged.
-        ForkError: The VMM does not take it.
-    """
-    vmm, state = ready.vmm, snapshot.unpack_device_state()
-    if vmm.is_dormant:
-        vmm.assign(state, snapshot.page_numbers, snapshot.unpack_pages(cache, base_pages), timeout_s)
-        return
-    if ready.content is not None:
-        numbers, pages = snapshot.changes_since(ready.content, cache, base_pages)
-    else:
-        private = vmm.memory.private_pages()
-        numbers, pages = snapshot.changes_from(private, vmm.memory.read(private), cache, base_pages)
-    vmm.rewind(state, numbers, pages, timeout_s)

@@ -18,7 +18,7 @@ from rollout.sandbox.client import GuestClient
 from rollout.sandbox.microvm.boot import InThread
 from rollout.sandbox.microvm.limits import VmmLimits
 from rollout.sandbox.microvm.owner import Waking
-from rollout.sandbox.microvm.pool import Ready, become
+from rollout.sandbox.microvm.ready import Ready, become
 from rollout.sandbox.microvm.room import Idler, Room
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from rollout.errors import BootError
-from rollout.sandbox.microvm import confinement, launcher, template
+from rollout.sandbox.microvm import confinement, family, launcher, template
 from rollout.sandbox.microvm.confinement import VIEW_FOLDER
+from rollout.sandbox.microvm.family import EMPTY_FOLDER
 from rollout.sandbox.microvm.launcher import MAX_PACKET_BYTES
 
 __all__ = ["Child", "Spawner"]
@@ -47,7 +48,7 @@ _MAX_FILE_BYTES = 64 << 20
 _OWN_ADDRESS_SPACE_BYTES = 2 << 30
 """Beside the files that a VMM is given: programs, stacks, heaps, translated code; mostly never touched."""
 _LAUNCHER_FOLDER = "/launcher"
-_LAUNCHER_MODULES = (launcher, confinement, template)
+_LAUNCHER_MODULES = (launcher, confinement, family, template)
 _LAUNCH = f"import sys; sys.path.append({_LAUNCHER_FOLDER!r}); import {launcher.__name__} as it; it.main()"
 
 
@@ -114,6 +115,7 @@ class Spawner:
             raise BootError("the microvm engine needs bubblewrap; install with: apt-get install bubblewrap")
         self._lock = threading.Lock()
         self._num_spawned = 0
+        self._num_uids = -1
         self._is_root = os.geteuid() == 0
         files = _files_of(programs)  # refused before anything is made
         self._nodes: tempfile.TemporaryDirectory[str] | None = None
@@ -165,13 +167,38 @@ class Spawner:
         Raises:
             BootError: The launcher is gone, or the process could not be made (`retryable`).
         """
+        wanted = {"argv": list(argv), "limits": {**limits_for(fds), **limits}, "uid": self.new_uid()}
+        return self._started({**wanted, "kind": "fork" if from_template else "program"}, fds)[0]
+
+    def start_family(self, argv: Sequence[str], control: socket.socket) -> tuple[Child, int]:
+        """Starts the first process of a family of VMMs (see `rollout.sandbox.microvm.family`).
+
+        Args:
+            argv: Program and arguments of its prototype.
+            control: Its socket.
+
+        Returns:
+            The process, and the address of its buffer (see `rollout.sandbox.microvm.template`).
+
+        Raises:
+            BootError: As `spawn`; or templates do not work here.
+        """
+        wanted = {"argv": list(argv), "own_users": not self._is_root, "kind": "family"}
+        child, reply = self._started(wanted, [control.fileno()])
+        return child, reply["address"]
+
+    def new_uid(self) -> int | None:
+        """A user id that no living VMM has; None where only the owner's can be had."""
+        with self._lock:
+            self._num_uids += 1
+            return _FIRST_UID + self._num_uids % _NUM_UIDS if self._is_root else None
+
+    def _started(self, wanted: dict[str, Any], fds: Sequence[int]) -> tuple[Child, dict[str, Any]]:
         log_fd = os.memfd_create("vmm-log", os.MFD_CLOEXEC)
         with self._lock:
-            uid = _FIRST_UID + self._num_spawned % _NUM_UIDS if self._is_root else None
             self._num_spawned += 1
             number = self._num_spawned
-            wanted = {"argv": list(argv), "limits": {**_limits(fds), **limits}, "uid": uid}
-            request = json.dumps({**wanted, "from_template": from_template, "number": number}).encode()
+            request = json.dumps({**wanted, "number": number}).encode()
             try:
                 if len(request) > MAX_PACKET_BYTES:
                     raise BootError("a VMM's arguments are too long")
@@ -185,7 +212,8 @@ class Spawner:
             reason = reply["error"] if reply else self._last_words()
             raise BootError(f"cannot start a VMM: {reason}", retryable=True)
         self._remove_nodes()  # the launcher runs, so they are mounted, and nothing is left if we are killed
-        return Child(_pid_of(pidfds[0]), pidfds[0], log_fd, is_fork=bool(reply["from_template"]))
+        is_fork = bool(reply.get("from_template", True))
+        return Child(pid_of(pidfds[0]), pidfds[0], log_fd, is_fork), reply
 
     def _answer_to(self, number: int) -> tuple[dict[str, Any], list[int]]:
         """The answer to a request, and its descriptors; whatever a late one has started is ended."""
@@ -225,7 +253,7 @@ class Spawner:
         return lines[-1] if lines else "it said nothing"
 
 
-def _pid_of(pidfd: int) -> int:
+def pid_of(pidfd: int) -> int:
     """The process id behind a pidfd, in this process's namespace; -1 once it has been reaped."""
     for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
         if line.startswith("Pid:"):
@@ -233,14 +261,14 @@ def _pid_of(pidfd: int) -> int:
     raise BootError("this kernel does not tell the process id of a pidfd (it needs Linux 5.4 or later)")
 
 
-def _limits(fds: Sequence[int]) -> dict[str, int]:
+def limits_for(fds: Sequence[int], num_threads: int = _MAX_THREADS) -> dict[str, int]:
     """What a VMM may use: the memory that it is given as files, and a bounded amount beside."""
     states = [os.fstat(fd) for fd in fds]
     given_bytes = sum(state.st_size for state in states if stat.S_ISREG(state.st_mode))
     wanted = {
         "RLIMIT_AS": given_bytes + _OWN_ADDRESS_SPACE_BYTES,
         "RLIMIT_FSIZE": _MAX_FILE_BYTES,
-        "RLIMIT_NPROC": _MAX_THREADS,
+        "RLIMIT_NPROC": num_threads,
         "RLIMIT_NOFILE": 256,
         "RLIMIT_CORE": 0,
         "RLIMIT_MSGQUEUE": 0,
@@ -278,7 +306,11 @@ def _view(read_only: Mapping[str, Path], devices: Mapping[Path, Path], files: Se
     binds += [part for inside, path in nodes.items() for part in ("--dev-bind", path, VIEW_FOLDER + inside)]
     # Made first, for anyone to enter: those that a bind makes on its way are only root's.
     folders = {str(folder) for inside in (*shown, *nodes) for folder in Path(inside).parents}
-    entered = [part for folder in sorted(folders - {"/"}) for part in ("--dir", VIEW_FOLDER + folder)]
+    entered = [
+        part
+        for folder in sorted({*folders, EMPTY_FOLDER} - {"/"})
+        for part in ("--dir", VIEW_FOLDER + folder)
+    ]
     return ["--tmpfs", VIEW_FOLDER, *entered, *binds, "--proc", f"{VIEW_FOLDER}/proc"]
 
 

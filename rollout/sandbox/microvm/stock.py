@@ -20,21 +20,19 @@ from typing import TypeVar
 from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError, CheckpointError
 from rollout.sandbox.base import Capabilities
-from rollout.sandbox.client import GuestClient
 from rollout.sandbox.image.store import Image, ImageStore
 from rollout.sandbox.microvm.base import Base, BaseStore, base_key, derived_base
 from rollout.sandbox.microvm.boot import InThread, boot_into
 from rollout.sandbox.microvm.identity import machine_of, require_same
 from rollout.sandbox.microvm.machine import BootFiles, MachineShape
-from rollout.sandbox.microvm.memory import Pages, has_pagemap_scan, map_pages
+from rollout.sandbox.microvm.memory import Pages, map_pages
 from rollout.sandbox.microvm.memory_file import new_memory_file
-from rollout.sandbox.microvm.pool import Demand, Ready, VmmPool, become
+from rollout.sandbox.microvm.pool import Demand, VmmPool
 from rollout.sandbox.microvm.probe import choose_accel, filters_itself, qemu_binary
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
+from rollout.sandbox.microvm.source import Ground, VmmSource
 from rollout.sandbox.microvm.spawner import Spawner
-from rollout.sandbox.microvm.vmm import Vmm
 from rollout.sandbox.payload import payload_contents
-from rollout.types import Randomness
 
 __all__ = ["Stock", "Stocks"]
 
@@ -53,6 +51,7 @@ class Stock:
         snapshot: The base itself, as a snapshot without pages.
         pages: The base's pages, shape [num_pages, 4096].
         pool: VMMs that wait.
+        source: Where they come from.
         fingerprint: Of every checkpoint on this base.
         image_digest: The image.
         machine: What must be the same to restore a checkpoint, by name.
@@ -67,6 +66,7 @@ class Stock:
     snapshot: Snapshot
     pages: Pages
     pool: VmmPool
+    source: VmmSource
     fingerprint: str
     image_digest: str
     machine: Mapping[str, str]
@@ -88,7 +88,6 @@ class Stocks:
         self._in_thread = in_thread
         self._cache = cache
         self._store = ImageStore()
-        self._use_scan = has_pagemap_scan()
         self._spawner: Spawner | None = None
         self._accel: str | None = None
         self._stocks: dict[str, Stock] = {}
@@ -168,9 +167,10 @@ class Stocks:
             base.close()
             raise BootError("the engine has been closed")
         derived = self._stock(
-            base, stock.fingerprint, stock.image_digest, stock.machine, stock.shape, stock.files
+            *(base, stock.fingerprint, stock.image_digest, stock.machine, stock.shape, stock.files),
+            root=(stock, content),
         )
-        derived.root, derived.root_content = stock, content
+        derived.source.prepare()
         self._stocks[name] = derived
         return derived
 
@@ -188,6 +188,8 @@ class Stocks:
         """Ends the waiting VMMs and the launcher. Idempotent."""
         for stock in self._stocks.values():
             await stock.pool.close()
+        for stock in reversed(self._stocks.values()):  # derived ones first
+            await stock.source.close()
         if self._spawner is not None:
             await self._in_thread(self._spawner.close)
             self._spawner = None
@@ -238,40 +240,38 @@ class Stocks:
         machine: Mapping[str, str],
         shape: MachineShape,
         files: BootFiles,
+        root: tuple[Stock, Snapshot] | None = None,
     ) -> Stock:
         spawner = self._spawner
         assert spawner is not None, "whoever has a base has started the launcher"
-
-        async def start() -> Vmm:
-            return await self._in_thread(
-                lambda: Vmm.start(
-                    spawner,
-                    shape,
-                    files,
-                    base.ram_fd,
-                    from_template=self._config.reuse_vmms,
-                    use_scan=self._use_scan,
-                    timeout_s=self._config.fork_timeout_s,
-                )
-            )
-
-        async def warm_up(vmm: Vmm) -> None:
-            await self._warm_up(vmm, stock)
-
-        demand = Demand(low=_POOL_LOW, high=_POOL_HIGH)
-        is_worth_it = shape.accel == "tcg" and self._config.reuse_vmms
+        ground = Ground(
+            spawner=spawner,
+            shape=shape,
+            files=files,
+            base=base,
+            pages=map_pages(base.ram_fd, shape.memory_bytes),
+            snapshot=Snapshot.at_base(base.device_state),
+            cache=self._cache,
+            in_thread=self._in_thread,
+            timeout_s=self._config.fork_timeout_s,
+            reuses=self._config.reuse_vmms,
+        )
+        source = VmmSource(ground, lambda: stock.recent, root and (root[0].source, root[1]))
         stock = Stock(
             base=base,
-            snapshot=(at_base := Snapshot.at_base(base.device_state)),
-            pages=map_pages(base.ram_fd, shape.memory_bytes),
-            pool=VmmPool(start, demand, warm_up if is_worth_it else None),
+            snapshot=ground.snapshot,
+            pages=ground.pages,
+            pool=VmmPool(source, Demand(low=_POOL_LOW, high=_POOL_HIGH)),
+            source=source,
             fingerprint=fingerprint,
             image_digest=image_digest,
             machine=machine,
-            recent=at_base,
+            recent=ground.snapshot,
             shape=shape,
             files=files,
         )
+        if root is not None:
+            stock.root, stock.root_content = root
         return stock
 
     async def _imported_base(self, key: str, digest: str, shape: MachineShape) -> Base:
@@ -308,24 +308,6 @@ class Stocks:
                 raise
         finally:
             lock.__exit__(None, None, None)
-
-    async def _warm_up(self, vmm: Vmm, stock: Stock) -> None:
-        """Lets a dormant VMM be what was forked last, for a handshake, and stops it.
-
-        Raises:
-            RolloutError: It does not come up, or cannot be put back.
-        """
-        timeout_s = self._config.fork_timeout_s
-        snapshot = stock.recent
-        await self._in_thread(lambda: become(Ready(vmm), snapshot, self._cache, stock.pages, timeout_s))
-        client = await GuestClient.connect(vmm.channel.dup())
-        try:
-            await client.hello(0, Randomness(), hostname="ready", timeout_s=timeout_s)
-            await client.call("ping", timeout_s=timeout_s)
-        finally:
-            await client.close()
-        if not await self._in_thread(lambda: vmm.retire(timeout_s)):
-            raise BootError("a VMM that was warmed up cannot be put back")
 
 
 def _version_of(binary: str) -> str:

@@ -26,10 +26,11 @@ from typing import Final, Self
 from rollout.sandbox.microvm.machine import BootFiles, MachineShape
 from rollout.sandbox.microvm.memory import has_pagemap_scan, map_pages
 from rollout.sandbox.microvm.memory_file import new_memory_file
-from rollout.sandbox.microvm.pool import Ready, become
 from rollout.sandbox.microvm.probe import filters_itself, qemu_binary
+from rollout.sandbox.microvm.ready import Ready, become
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.spawner import Spawner
+from rollout.sandbox.microvm.starting import start_vmm
 from rollout.sandbox.microvm.vmm import Vmm
 
 __all__ = ["COUNTER_PAGE", "FIRST_WRITTEN_PAGE", "MEMORY_MIB", "TinyGuests", "ask", "tiny_firmware"]
@@ -121,7 +122,7 @@ class TinyGuests:
             vmm.kill()
 
     def _start(self, *, make_base: bool) -> Vmm:
-        return Vmm.start(
+        return start_vmm(
             *(self._spawner, self._shape, self._files, self._ram_fd),
             make_base=make_base,
             from_template=not make_base,

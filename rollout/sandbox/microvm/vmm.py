@@ -1,4 +1,4 @@
-"""One VMM: start, become a checkpoint, save, stop, go on, end. Blocking, for worker threads.
+"""One VMM: become a checkpoint, save, stop, go on, end. Blocking, for worker threads.
 
 One thread at a time may use a VMM.
 
@@ -14,21 +14,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import socket
 import termios
 import time
-from pathlib import Path
 
 from rollout.errors import BootError, CheckpointError, ForkError
-from rollout.sandbox.microvm.confinement import FIRST_FD
 from rollout.sandbox.microvm.device_state import without_code_flush
 from rollout.sandbox.microvm.ends import VmmEnds
-from rollout.sandbox.microvm.machine import STATE_SET, BootFiles, MachineShape, Start, qemu_argv
+from rollout.sandbox.microvm.machine import STATE_SET
 from rollout.sandbox.microvm.memory import GuestMemory, PageNumbers, Pages, RawState, room_for
 from rollout.sandbox.microvm.qmp import QmpClient, QmpError
-from rollout.sandbox.microvm.rewind import Rewinder
-from rollout.sandbox.microvm.spawner import Child, Spawner
-from rollout.sandbox.microvm.tsc import measure_tsc_khz
+from rollout.sandbox.microvm.spawner import Child
 
 __all__ = ["Vmm"]
 
@@ -41,100 +36,70 @@ _MIN_MORE_PAGES = 128
 """What a machine may at least have written since its pages were counted, for its next save to find room."""
 _MAX_REWINDS = 1000
 """Uses of one process, so that whatever QEMU might not give back stays bounded."""
-_LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
 
 
 class Vmm:
-    """A QEMU process. Make it with `start`; end it with `kill`.
+    """A QEMU process. It comes from `start_vmm` or from a prototype; end it with `kill`.
+
+    Args:
+        child: The process.
+        ends: What it and we share; the VMM's from now on.
+        ram_fd: Its guest's memory, the caller's and open as long as the VMM is used.
+        size_bytes: How large that is.
+        use_scan: See `GuestMemory`.
+        is_dormant: It has no state yet.
 
     Attributes:
         channel: Socket to the guest's agent; users take a `dup` of it.
-        is_dormant: It has no state yet.
+        ram_fd: See above.
+        is_dormant: See above.
     """
 
     def __init__(
         self,
         child: Child,
-        qmp: QmpClient,
-        channel: socket.socket,
-        state_fds: tuple[int, int],
+        ends: VmmEnds,
         ram_fd: int,
         size_bytes: int,
-        rewinder: Rewinder | None,
         *,
         use_scan: bool,
+        is_dormant: bool,
     ) -> None:
         self.child = child
-        self.channel = channel
-        self.is_dormant = rewinder is not None
-        self._qmp = qmp
-        self._state_fds = state_fds
-        self._rewinder = rewinder
+        self.channel = ends.channel
+        self.ram_fd = ram_fd
+        self.is_dormant = is_dormant
+        self._qmp = QmpClient(ends.qmp)
+        self._state_fds = ends.state_fds
+        self._rewinder = ends.rewinder
         self._num_rewinds = 0
         self._num_private = 0
-        self._ram_fd = ram_fd
         self._size_bytes = size_bytes
         self._use_scan = use_scan
         self._memory: GuestMemory | None = None
         self._is_closed = False
 
-    @classmethod
-    def start(
-        cls,
-        spawner: Spawner,
-        shape: MachineShape,
-        files: BootFiles,
-        ram_fd: int,
-        *,
-        make_base: bool = False,
-        from_template: bool = False,
-        use_scan: bool,
-        timeout_s: float,
-    ) -> Vmm:
-        """Starts a VMM: dormant on the base `ram_fd`, or booting into it when `make_base`.
-
-        The memory file stays the caller's and open as long as the VMM is used. `from_template` is that of
-        `Spawner.spawn`.
+    def negotiate(self, timeout_s: float) -> None:
+        """Begins to speak with the monitor of a program that has just been started.
 
         Raises:
             BootError: It did not come up in time; its own last words are in the message.
         """
-        boots = make_base and files.kernel is not None
-        ends = VmmEnds.open(rewinder=None if make_base else Rewinder(forgets_code=shape.accel == "tcg"))
-        start = Start(
-            binary=files.binary,
-            ram=Path(f"/proc/self/fd/{FIRST_FD + 3}"),
-            share=make_base,
-            qmp_fd=FIRST_FD,
-            guest_fd=FIRST_FD + 1,
-            state_fd=FIRST_FD + 2,
-            disk=files.disk,
-            kernel=files.kernel if boots else None,
-            initrd=files.initrd if boots else None,
-            tsc_khz=measure_tsc_khz() if boots and shape.accel == "tcg" else None,
-            firmware=files.firmware if make_base else None,
-            filters_itself=files.filters_itself,
-            rewind_fds=None if make_base else (FIRST_FD + 4, FIRST_FD + 5),
-        )
-        child: Child | None = None
-        client = QmpClient(ends.qmp)
         try:
-            argv, fds = qemu_argv(shape, start), ends.far_fds(ram_fd)
-            child = spawner.spawn(argv, fds, _LIMITS, from_template=from_template)
-            ends.has_started()
-            client.negotiate(timeout_s)
-        except (QmpError, BootError) as error:
-            ends.close()
-            if child is None:
-                raise
-            words = child.log()
-            child.kill()
-            child.close()
+            self._qmp.negotiate(timeout_s)
+        except QmpError as error:
+            words = self.child.log()
             raise BootError(f"the VMM did not start: {error}; it said: {words}", retryable=True) from error
-        return cls(
-            *(child, client, ends.channel, ends.state_fds, ram_fd, shape.memory_bytes, ends.rewinder),
-            use_scan=use_scan,
-        )
+
+    def twin(self, child: Child, ends: VmmEnds, ram_fd: int) -> Vmm:
+        """The VMM that a fork of this one's process is; see `rollout.sandbox.microvm.prototype`.
+
+        Args:
+            child: The process.
+            ends: What it and we share; the twin's from now on.
+            ram_fd: Its guest's memory.
+        """
+        return Vmm(child, ends, ram_fd, self._size_bytes, use_scan=self._use_scan, is_dormant=False)
 
     @property
     def is_closed(self) -> bool:
@@ -154,7 +119,7 @@ class Vmm:
             CheckpointError: The VMM is gone.
         """
         if self._memory is None:
-            status = os.fstat(self._ram_fd)
+            status = os.fstat(self.ram_fd)
             self._memory = GuestMemory.find(
                 self.pid, (status.st_dev, status.st_ino), self._size_bytes, use_scan=self._use_scan
             )
@@ -187,14 +152,23 @@ class Vmm:
             if write_fd >= 0:
                 os.close(write_fd)
 
-    def rewind(self, device_state: bytes, page_numbers: PageNumbers, pages: Pages, timeout_s: float) -> None:
-        """Makes a stopped VMM into a checkpoint; its vCPU runs when this returns.
+    def rewind(
+        self,
+        device_state: bytes,
+        page_numbers: PageNumbers,
+        pages: Pages,
+        timeout_s: float,
+        *,
+        resume: bool = True,
+    ) -> None:
+        """Makes a stopped VMM into a checkpoint.
 
         Args:
             device_state: What the checkpoint has.
             page_numbers: Pages in which its memory differs from the checkpoint's, shape [n], ascending.
             pages: What they are to hold, shape [n, 4096].
             timeout_s: Deadline of each step.
+            resume: Let the vCPU run.
 
         Raises:
             ForkError: The VMM is gone or does not take the state.
@@ -203,7 +177,8 @@ class Vmm:
         self._num_rewinds += 1
         try:
             self._rewinder.rewind(self._qmp, self.memory, device_state, page_numbers, pages, timeout_s)
-            self._qmp.execute("cont", timeout_s=timeout_s)
+            if resume:
+                self._qmp.execute("cont", timeout_s=timeout_s)
         except (QmpError, CheckpointError, OSError) as error:
             raise ForkError(f"a VMM did not go back to its checkpoint: {error}{self._words()}") from error
 

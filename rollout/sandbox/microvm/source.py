@@ -1,0 +1,278 @@
+"""Where the VMMs of one base come from: forks of its prototype, or programs of their own.
+
+A prototype is made with the first VMM that is asked for, beside it, and is there a tenth of a second later;
+that of a base that was derived from another begins as a fork of the other's. Where there is none (not under
+TCG, not wanted, or not possible here, which is tried a few times) VMMs start as programs, and those that are
+started ahead are warmed up one by one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rollout.errors import BootError, EnvError, RolloutError
+from rollout.sandbox.client import GuestClient
+from rollout.sandbox.microvm.base import Base
+from rollout.sandbox.microvm.boot import InThread
+from rollout.sandbox.microvm.machine import BootFiles, MachineShape
+from rollout.sandbox.microvm.memory import Pages, has_pagemap_scan
+from rollout.sandbox.microvm.prototype import Candidate, Family, Prototype
+from rollout.sandbox.microvm.ready import Ready, become
+from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
+from rollout.sandbox.microvm.spawner import Spawner
+from rollout.sandbox.microvm.starting import start_candidate, start_vmm
+from rollout.sandbox.microvm.vmm import Vmm
+from rollout.types import Randomness, Value
+
+__all__ = ["Ground", "VmmSource"]
+
+_MAX_FAILURES = 3
+_REHEARSAL: tuple[tuple[str, dict[str, Value]], ...] = (
+    ("ping", {}),
+    ("env.reset", {"seed": 0, "options": None}),
+    ("env.step", {"action": 0, "state_hash": True}),
+    ("env.playout", {"horizon": 1, "seed": 0, "discount": 1.0}),
+)
+"""What a clone probably does first; of what comes of it nothing stays but translated code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What the VMMs of a base have in common.
+
+    Attributes:
+        spawner: Starts them.
+        shape: The machine that they are.
+        files: What they are made from.
+        base: Shared memory.
+        pages: Its pages, shape [num_pages, 4096].
+        snapshot: The base itself, as a snapshot without pages.
+        cache: Pages at hand.
+        in_thread: Runs blocking work.
+        timeout_s: Deadline of each step.
+        reuses: VMMs may share memory, and be used again.
+    """
+
+    spawner: Spawner
+    shape: MachineShape
+    files: BootFiles
+    base: Base
+    pages: Pages
+    snapshot: Snapshot
+    cache: RawCache
+    in_thread: InThread
+    timeout_s: float
+    reuses: bool
+
+
+class VmmSource:
+    """The VMMs of one base. On the event loop only.
+
+    Args:
+        ground: What they have in common.
+        recent: What was forked last, and will probably be forked next.
+        root: The source of the base that this one was derived from, and what it holds, on that base.
+    """
+
+    def __init__(
+        self,
+        ground: Ground,
+        recent: Callable[[], Snapshot],
+        root: tuple[VmmSource, Snapshot] | None = None,
+    ) -> None:
+        self._ground = ground
+        self._recent = recent
+        self._root = root
+        self._prototype: Prototype | None = None
+        self._families: list[Family] = []
+        self._making: asyncio.Task[None] | None = None
+        self._num_failures = 0
+        self._is_closed = False
+
+    async def start(self) -> Ready:
+        """A VMM, as soon as there can be one.
+
+        Raises:
+            BootError: It could not be started.
+        """
+        forked = await self._fork()
+        if forked is None:
+            self.prepare()
+            return await self.start_dormant()
+        return forked
+
+    async def start_ahead(self) -> Ready:
+        """A VMM that is warm, where that gains something.
+
+        Raises:
+            RolloutError: It did not come up, or cannot be put back.
+        """
+        await self.prototype()
+        if (forked := await self._fork()) is not None:
+            return forked
+        ready = await self.start_dormant()
+        if not self._translates:
+            return ready
+        try:
+            await self._run(ready.vmm, self._recent())
+            if not await self._ground.in_thread(lambda: ready.vmm.retire(self._ground.timeout_s)):
+                raise BootError("a VMM that was warmed up cannot be put back")
+        except BaseException:
+            ready.vmm.kill()
+            raise
+        return ready
+
+    async def start_dormant(self) -> Ready:
+        """A VMM that has never run.
+
+        Raises:
+            BootError: It could not be started.
+        """
+        ground = self._ground
+
+        def work() -> Vmm:
+            return start_vmm(
+                *(ground.spawner, ground.shape, ground.files, ground.base.ram_fd),
+                from_template=ground.reuses,
+                use_scan=has_pagemap_scan(),
+                timeout_s=ground.timeout_s,
+            )
+
+        return Ready(await ground.in_thread(work))
+
+    def prepare(self) -> None:
+        """Has the prototype made, unless it is there, is being made, or cannot be."""
+        is_possible = self._translates and self._num_failures < _MAX_FAILURES and not self._is_closed
+        if is_possible and self._prototype is None and self._making is None:
+            self._making = asyncio.create_task(self._make())
+
+    async def prototype(self) -> Prototype | None:
+        """The prototype, once it is there; None if there will be none."""
+        self.prepare()
+        if self._making is not None:
+            await asyncio.wait([self._making])
+        return self._prototype
+
+    async def close(self) -> None:
+        """Ends the prototype, and all VMMs of its family if it began one. Idempotent."""
+        self._is_closed = True
+        if self._making is not None:
+            await asyncio.wait([self._making])
+        self._give_up()
+        while self._families:
+            self._families.pop().end()
+
+    @property
+    def _translates(self) -> bool:
+        return self._ground.shape.accel == "tcg" and self._ground.reuses
+
+    async def _fork(self) -> Ready | None:
+        """A fork of the prototype, if there is one that forks; one that does not is given up."""
+        prototype, ground = self._prototype, self._ground
+        if prototype is None:
+            return None
+        try:
+            vmm = await ground.in_thread(lambda: prototype.fork(ground.base.ram_fd))
+        except BootError:
+            if self._prototype is prototype:
+                self._num_failures += 1
+                self._give_up()
+            return None
+        return Ready(vmm, ground.snapshot)
+
+    def _give_up(self) -> None:
+        if self._prototype is not None:
+            self._prototype.close()
+            self._prototype = None
+
+    async def _make(self) -> None:
+        try:
+            self._prototype = await self._made()
+        except (RolloutError, OSError):  # VMMs are only dearer without one
+            self._num_failures += 1
+        finally:
+            self._making = None
+
+    async def _made(self) -> Prototype:
+        """Lets a VMM do what clones do first, puts it back, and stops it for ever."""
+        ground = self._ground
+        candidate = await (self._first() if self._root is None else self._of_root(*self._root))
+        try:
+            await self._run(candidate.vmm, ground.snapshot)
+            await ground.in_thread(lambda: _put_back(candidate.vmm, ground, ground.snapshot))
+        except BaseException:
+            candidate.kill()
+            raise
+        return await ground.in_thread(lambda: Prototype(candidate))
+
+    async def _first(self) -> Candidate:
+        """A VMM that is started, in a family of its own."""
+        ground = self._ground
+        candidate = await ground.in_thread(
+            lambda: start_candidate(
+                *(ground.spawner, ground.shape, ground.files, ground.base.ram_fd),
+                use_scan=has_pagemap_scan(),
+                timeout_s=ground.timeout_s,
+            )
+        )
+        self._families.append(candidate.family)
+        return candidate
+
+    async def _of_root(self, root: VmmSource, content: Snapshot) -> Candidate:
+        """A VMM whose translated code is the root's: a fork of its prototype, on the other base.
+
+        A fork can go on in another file only if that holds what its memory does. So there is one in between,
+        which becomes, on the root's base, what the other base holds.
+        """
+        prototype, ground = await root.prototype(), root._ground
+        if prototype is None:
+            raise BootError("the base that this one was derived from has no prototype")
+
+        def work() -> Candidate:
+            between = prototype.candidate(ground.base.ram_fd)
+            try:
+                _put_back(between.vmm, ground, content)
+            except BaseException:
+                between.kill()
+                raise
+            stopped = Prototype(between)
+            try:
+                return stopped.candidate(self._ground.base.ram_fd)
+            finally:
+                stopped.close()
+
+        return await ground.in_thread(work)
+
+    async def _run(self, vmm: Vmm, snapshot: Snapshot) -> None:
+        """Makes a VMM that holds its base into a snapshot, and has it do what a clone does first.
+
+        Raises:
+            RolloutError: It does not come up.
+        """
+        ground = self._ground
+        ready = Ready(vmm, None if vmm.is_dormant else ground.snapshot)
+        await ground.in_thread(lambda: become(ready, snapshot, ground.cache, ground.pages, ground.timeout_s))
+        client = await GuestClient.connect(vmm.channel.dup())
+        try:
+            await client.hello(0, Randomness(), hostname="ready", timeout_s=ground.timeout_s)
+            for op, args in _REHEARSAL:
+                with contextlib.suppress(EnvError):  # it has no environment, or one without such an action
+                    await client.call(op, args, timeout_s=ground.timeout_s)
+        finally:
+            await client.close()
+
+
+def _put_back(vmm: Vmm, ground: Ground, content: Snapshot) -> None:
+    """Stops a VMM, and makes its memory and devices a snapshot; its vCPU does not run.
+
+    Raises:
+        RolloutError: It cannot be done.
+    """
+    if not vmm.retire(ground.timeout_s):
+        raise BootError("a VMM that was warmed up cannot be put back")
+    private = vmm.memory.private_pages()
+    numbers, pages = content.changes_from(private, vmm.memory.read(private), ground.cache, ground.pages)
+    vmm.rewind(content.unpack_device_state(), numbers, pages, ground.timeout_s, resume=False)

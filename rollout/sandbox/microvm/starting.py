@@ -1,0 +1,134 @@
+"""Starts VMMs: one that boots, one that waits to become a checkpoint, one that may become a prototype."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rollout.errors import BootError
+from rollout.sandbox.microvm.confinement import FIRST_FD
+from rollout.sandbox.microvm.ends import VmmEnds
+from rollout.sandbox.microvm.machine import BootFiles, MachineShape, Start, qemu_argv
+from rollout.sandbox.microvm.prototype import Candidate, Family, control_pair, files_of
+from rollout.sandbox.microvm.rewind import Rewinder
+from rollout.sandbox.microvm.spawner import Spawner, limits_for
+from rollout.sandbox.microvm.tsc import measure_tsc_khz
+from rollout.sandbox.microvm.vmm import Vmm
+
+__all__ = ["start_candidate", "start_vmm"]
+
+_RAM = Path(f"/proc/self/fd/{FIRST_FD + 3}")
+_REWIND_FDS = (FIRST_FD + 4, FIRST_FD + 5)
+_LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
+_MAX_FAMILY_THREADS = 1 << 15
+"""Of all forks of a prototype: the kernel counts them for its user, too."""
+
+
+def start_vmm(
+    spawner: Spawner,
+    shape: MachineShape,
+    files: BootFiles,
+    ram_fd: int,
+    *,
+    make_base: bool = False,
+    from_template: bool = False,
+    use_scan: bool,
+    timeout_s: float,
+) -> Vmm:
+    """Starts a VMM: dormant on the base `ram_fd`, or booting into it when `make_base`.
+
+    The memory file stays the caller's and open as long as the VMM is used. `from_template` is that of
+    `Spawner.spawn`.
+
+    Raises:
+        BootError: It did not come up in time; its own last words are in the message.
+    """
+    boots = make_base and files.kernel is not None
+    ends = VmmEnds.open(rewinder=None if make_base else Rewinder(forgets_code=shape.accel == "tcg"))
+    start = Start(
+        binary=files.binary,
+        ram=_RAM,
+        share=make_base,
+        qmp_fd=FIRST_FD,
+        guest_fd=FIRST_FD + 1,
+        state_fd=FIRST_FD + 2,
+        disk=files.disk,
+        kernel=files.kernel if boots else None,
+        initrd=files.initrd if boots else None,
+        tsc_khz=measure_tsc_khz() if boots and shape.accel == "tcg" else None,
+        firmware=files.firmware if make_base else None,
+        filters_itself=files.filters_itself,
+        rewind_fds=None if make_base else _REWIND_FDS,
+    )
+    fds = ends.far_fds(ram_fd)
+    try:
+        child = spawner.spawn(qemu_argv(shape, start), fds, _LIMITS, from_template=from_template)
+    except BootError:
+        ends.close()
+        raise
+    ends.has_started()
+    vmm = Vmm(child, ends, ram_fd, shape.memory_bytes, use_scan=use_scan, is_dormant=not make_base)
+    _negotiate(vmm, timeout_s)
+    return vmm
+
+
+def start_candidate(
+    spawner: Spawner,
+    shape: MachineShape,
+    files: BootFiles,
+    ram_fd: int,
+    *,
+    use_scan: bool,
+    timeout_s: float,
+) -> Candidate:
+    """Starts a family, and in it a VMM that waits on the base `ram_fd` and may become a prototype.
+
+    Raises:
+        BootError: It did not come up in time, or families cannot be made here.
+    """
+    start = Start(
+        binary=files.binary,
+        ram=_RAM,
+        share=False,
+        qmp_fd=FIRST_FD,
+        guest_fd=FIRST_FD + 1,
+        state_fd=FIRST_FD + 2,
+        disk=files.disk,
+        filters_itself=files.filters_itself,
+        rewind_fds=_REWIND_FDS,
+        has_forks=True,
+    )
+    family = Family(spawner, qemu_argv(shape, start))
+    control, theirs = control_pair()
+    ends = VmmEnds.open(Rewinder(forgets_code=True))
+    uid = spawner.new_uid()
+    user, group = (os.geteuid(), os.getegid()) if uid is None else (uid, uid)
+    try:
+        with theirs:
+            fds = [*ends.far_fds(ram_fd), theirs.fileno()]
+            limits = {**limits_for(fds), **_LIMITS}
+            child = family.start(fds, uid, {**limits_for(fds, _MAX_FAMILY_THREADS), **_LIMITS})
+            given = files_of([*fds, child.log_fd])
+    except BootError:
+        ends.close()
+        control.close()
+        family.end()
+        raise
+    ends.has_started()
+    vmm = Vmm(child, ends, ram_fd, shape.memory_bytes, use_scan=use_scan, is_dormant=True)
+    candidate = Candidate(vmm, family, control, given, (str(user), str(group)), limits)
+    try:
+        _negotiate(vmm, timeout_s)
+    except BootError:
+        candidate.kill()
+        family.end()
+        raise
+    return candidate
+
+
+def _negotiate(vmm: Vmm, timeout_s: float) -> None:
+    try:
+        vmm.negotiate(timeout_s)
+    except BootError:
+        vmm.kill()
+        raise
