@@ -83,9 +83,9 @@ class Killer:
         real_write = GuestMemory.write
         pids: dict[int, int] = {}
 
-        def begun(vmm: Vmm, *args: Any) -> Any:
+        def begun(vmm: Vmm, *args: Any, **options: Any) -> Any:
             pids[id(vmm.memory)] = vmm.pid
-            return real(vmm, *args)
+            return real(vmm, *args, **options)
 
         def write(memory: GuestMemory, *args: Any) -> None:
             real_write(memory, *args)
