@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from rollout.commands.bench_engine import STAY, Bench
 from rollout.commands.bench_gvisor import GvisorFigures
 from rollout.commands.bench_rival import private_mib
-from rollout.commands.bench_row import BenchRow, Rival, Target, at_most
+from rollout.commands.bench_row import BenchRow, Rival, at_most
 from rollout.commands.bench_stock import measure_stock
+from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError, RolloutError
 from rollout.sandbox.base import Sandbox
 from rollout.sandbox.microvm.engine import MicroVMEngine
@@ -27,28 +28,44 @@ _FILL_DEADLINE_S = 10.0
 
 
 async def machine_clones(bench: Bench) -> AsyncIterator[BenchRow]:
-    """A clone from a VMM that waits, warmed up ahead, and from none; beside the one that is put back.
+    """A clone from a VMM that was started ahead, and where none waits; beside the one that is put back.
 
-    Every clone of a sample stays alive until the next one is made, so that none is put back.
+    Every clone of a sample stays alive until the next one is made, so that none is put back. Where none
+    waits, the prototype is forked; beside it stands a clone whose VMM is started as a program.
     """
     engine = bench.engine
     assert isinstance(engine, MicroVMEngine)
     samples = min(bench.samples, 15)
+    program = Rival.of("first reply of one started as a program", await _program_times(bench, samples))
     for what, is_ahead, targets in (
         ("from a VMM started ahead", True, (at_most(20), at_most(45))),
-        ("from no VMM at all", False, (at_most(50), at_most(80))),
+        ("where none waits", False, (at_most(50), at_most(80))),
     ):
         for place, target, takes_step in zip(
             ("first reply", "first step"), targets, (False, True), strict=True
         ):
             times_ms = await _clone_times(bench, engine, samples, is_ahead=is_ahead, takes_step=takes_step)
-            yield _row(f"clone to {place}, {what}", times_ms, bench, target)
+            rivals = [program, Rival("cold boot", bench.boot_ms)]
+            yield BenchRow.of(
+                f"clone to {place}, {what}", times_ms, "ms", subject=bench.kind, target=target, rivals=rivals
+            )
 
 
-def _row(name: str, times_ms: Sequence[float], bench: Bench, target: Target) -> BenchRow:
-    return BenchRow.of(
-        name, times_ms, "ms", subject=bench.kind, target=target, rivals=[Rival("cold boot", bench.boot_ms)]
-    )
+async def _program_times(bench: Bench, samples: int) -> list[float]:
+    """From the call to fork to the first reply, with nothing that VMMs may share."""
+    config = EngineConfig(kind="microvm", reuse_vmms=False)
+    times_ms: list[float] = []
+    async with MicroVMEngine(config, ImageConfig(name=bench.image)) as engine:
+        async with await engine.boot(bench.image) as sandbox:
+            checkpoint = await sandbox.checkpoint()
+        for _ in range(samples):
+            await engine.drain()
+            start_s = time.perf_counter()
+            [clone] = await engine.fork(checkpoint)
+            async with clone:
+                await clone.call("ping")
+                times_ms.append((time.perf_counter() - start_s) * 1000)
+    return times_ms
 
 
 async def _clone_times(

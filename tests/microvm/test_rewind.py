@@ -146,8 +146,9 @@ class TestMachines:
 
         def rewind_and_read(self: Rewinder, qmp, memory, *args) -> None:
             execute(self, qmp, memory, *args)
-            numbers = memory.private_pages()
-            found.append(RawState(b"", numbers, memory.read(numbers), 0.0))
+            if memory.pid == pid:
+                numbers = memory.private_pages()
+                found.append(RawState(b"", numbers, memory.read(numbers), 0.0))
 
         monkeypatch.setattr(Rewinder, "rewind", rewind_and_read)
         await lake.kill()
@@ -204,7 +205,7 @@ class TestMachines:
     ) -> None:
         checkpoint = await lake.checkpoint()
 
-        def fail(*args: object) -> None:
+        def fail(*args: object, **options: object) -> None:
             raise ForkError("it does not")
 
         monkeypatch.setattr(Vmm, "rewind", fail)

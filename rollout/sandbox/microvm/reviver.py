@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from rollout.config import EngineConfig
-from rollout.errors import CheckpointError, ForkError, RolloutError
+from rollout.errors import ForkError, RolloutError
 from rollout.sandbox.base import PhaseTimings
 from rollout.sandbox.client import GuestClient
 from rollout.sandbox.microvm.boot import InThread
 from rollout.sandbox.microvm.limits import VmmLimits
 from rollout.sandbox.microvm.owner import Waking
-from rollout.sandbox.microvm.ready import Ready, become
+from rollout.sandbox.microvm.ready import Ready, become, settle
 from rollout.sandbox.microvm.room import Idler, Room
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
@@ -167,11 +167,18 @@ class Reviver:
         return Waking(vmm, client)
 
     async def _retire(self, stock: Stock, ready: Ready) -> None:
+        timeout_s, recent = self._config.fork_timeout_s, stock.recent
+
+        def work() -> Ready | None:
+            if not ready.vmm.retire(timeout_s):
+                return None
+            return settle(ready, recent, self._cache, stock.pages, timeout_s)
+
         try:
-            can_go_back = await self._in_thread(lambda: ready.vmm.retire(self._config.fork_timeout_s))
-        except (CheckpointError, OSError):  # it has ended, or will now
-            can_go_back = False
-        if can_go_back:
-            stock.pool.give_back(ready)
+            settled = await self._in_thread(work)
+        except (RolloutError, OSError):  # it has ended, or will now
+            settled = None
+        if settled is not None:
+            stock.pool.give_back(settled)
         else:
             ready.vmm.kill()

@@ -84,15 +84,25 @@ class Rewinder:
         """
         stream = device_state
         if self.forgets_code:
-            self._forget_code(page_numbers, timeout_s)
             stream = without_code_flush(device_state) or device_state
-        memory.write(page_numbers, pages)
+        self.change(memory, page_numbers, pages, timeout_s)
         if len(stream) > MAX_STATE_BYTES:
             raise QmpError(f"device state of {len(stream)} bytes does not fit its disk")
         os.pwrite(self._disk_fd, stream, STATE_OFFSET)
         command = {"command-line": f"loadvm {SNAPSHOT_NAME}"}
         if words := qmp.execute("human-monitor-command", command, timeout_s=timeout_s).strip():
             raise QmpError(f"loadvm: {words}")
+
+    def change(self, memory: GuestMemory, page_numbers: PageNumbers, pages: Pages, timeout_s: float) -> None:
+        """Changes pages of a stopped machine, and has it forget what it translated from them.
+
+        Raises:
+            QmpError: The VMM is gone, or late.
+            CheckpointError: The VMM is gone.
+        """
+        if self.forgets_code:
+            self._forget_code(page_numbers, timeout_s)
+        memory.write(page_numbers, pages)
 
     def close(self) -> None:
         """Closes the near ends."""

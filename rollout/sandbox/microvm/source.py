@@ -112,7 +112,7 @@ class VmmSource:
         """
         await self.prototype()
         if (forked := await self._fork()) is not None:
-            return forked
+            return await self._laid(forked, self._recent())
         ready = await self.start_dormant()
         if not self._translates:
             return ready
@@ -124,6 +124,18 @@ class VmmSource:
             ready.vmm.kill()
             raise
         return ready
+
+    async def _laid(self, ready: Ready, snapshot: Snapshot) -> Ready:
+        """A fork that is a snapshot already: what that changes of what it shares with its prototype is copied."""
+        ground = self._ground
+        try:
+            await ground.in_thread(
+                lambda: become(*(ready, snapshot, ground.cache, ground.pages, ground.timeout_s), resume=False)
+            )
+        except BaseException:
+            ready.vmm.kill()
+            raise
+        return Ready(ready.vmm, snapshot)
 
     async def start_dormant(self) -> Ready:
         """A VMM that has never run.
@@ -273,6 +285,4 @@ def _put_back(vmm: Vmm, ground: Ground, content: Snapshot) -> None:
     """
     if not vmm.retire(ground.timeout_s):
         raise BootError("a VMM that was warmed up cannot be put back")
-    private = vmm.memory.private_pages()
-    numbers, pages = content.changes_from(private, vmm.memory.read(private), ground.cache, ground.pages)
-    vmm.rewind(content.unpack_device_state(), numbers, pages, ground.timeout_s, resume=False)
+    become(Ready(vmm), content, ground.cache, ground.pages, ground.timeout_s, resume=False)

@@ -182,6 +182,18 @@ class Vmm:
         except (QmpError, CheckpointError, OSError) as error:
             raise ForkError(f"a VMM did not go back to its checkpoint: {error}{self._words()}") from error
 
+    def change_memory(self, page_numbers: PageNumbers, pages: Pages, timeout_s: float) -> None:
+        """Changes pages of a stopped VMM; its devices must be loaded before it runs again.
+
+        Raises:
+            ForkError: The VMM is gone.
+        """
+        assert self._rewinder is not None, "the VM that makes a base is never put back"
+        try:
+            self._rewinder.change(self.memory, page_numbers, pages, timeout_s)
+        except (QmpError, CheckpointError) as error:
+            raise ForkError(f"a VMM did not go back to its checkpoint: {error}{self._words()}") from error
+
     def retire(self, timeout_s: float) -> bool:
         """Stops a VMM whose user is gone; whether it may become another checkpoint.
 
