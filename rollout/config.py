@@ -96,8 +96,9 @@ class EngineConfig(_Section):
     """Put the process of a microVM that has ended back to the next checkpoint, instead of starting another.
 
     Several times faster. A guest that has broken out into its VMM would meet the next guest there. Without it
-    nothing of a VMM is shared with another either: each loads QEMU for itself, instead of being a fork of a
-    process that has it loaded, which takes longer and a few megabytes more.
+    nothing of a VMM is shared with another either: each loads QEMU for itself and, under TCG, translates all
+    code, instead of being a fork of a process that has done so, which takes ten times as long and twice the
+    memory.
     """
     python_path: tuple[str, ...] = ()
     """Folders with further modules for sandboxes of the process engine, which see only installed packages."""

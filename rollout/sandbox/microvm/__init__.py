@@ -3,7 +3,9 @@
 Reading order: `machine` (what a VMM is started with), `memory` (which guest pages are private, and how they
 are moved), `vmm` (one VMM: start, assign, rewind, save, stop), `rewind` (how a used one becomes another
 checkpoint), `snapshot` (what a checkpoint holds), `base`, `pool`, `reviver` (from a snapshot to a machine
-that has shaken hands), `sandbox`, `engine`. Beside them: `spawner`, `launcher`, `confinement` and `template`
-(how a VMM begins, in its jail), `room` and `limits` (memory and CPU time), `transfer`, `export` and
-`moving` (checkpoints and sandboxes on their way to other hosts), `tiny_guest` (for KVM).
+that has shaken hands), `sandbox`, `engine`. How a VMM begins, in its jail: `confinement`, `launcher`,
+`spawner`, `template` (as a fork of a process that has QEMU loaded), and then `family`, `stopping`,
+`descriptors`, `prototype` and `source` (as a fork of one that has run). Beside them: `room` and `limits`
+(memory and CPU time), `transfer`, `export` and `moving` (checkpoints and sandboxes on their way to other
+hosts), `tiny_guest` (for KVM).
 """

@@ -126,7 +126,7 @@ class VmmSource:
         return ready
 
     async def _laid(self, ready: Ready, snapshot: Snapshot) -> Ready:
-        """A fork that is a snapshot already: what that changes of what it shares with its prototype is copied."""
+        """A fork that is a snapshot already, with pages of its own for what that changes."""
         ground = self._ground
         try:
             await ground.in_thread(

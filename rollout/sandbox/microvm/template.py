@@ -1,18 +1,25 @@
-"""Processes that have a program loaded and wait to become copies of it. Pure, standard library only.
+"""Processes that have a program loaded and wait to become copies of it. Standard library only.
 
 Half of the time in which QEMU starts goes into its dynamic linking: 236,000 relocations, which also make
 almost five megabytes of memory private in each process. So a program is loaded once, and held before its own
-first instruction; each VMM is a fork of that *template*, which shares what was relocated, and confines itself
-before it goes on. Nothing of the program is patched: what holds it is a shared object, `stub_object`, that
-the dynamic linker is asked to load first (`LD_PRELOAD`), and whose initialiser runs before the program's own
-code. Those of its libraries have run by then: the launcher uses no template in which one has started a
-thread.
+first instruction; each VMM is a fork of that *template*, which shares what was relocated, and confines
+itself before it goes on. Nothing of the program is patched: what holds it is a shared object, `stub_object`,
+that the dynamic linker is asked to load first (`LD_PRELOAD`), and whose initialiser runs before the
+program's own code. Those of its libraries have run by then: the launcher uses no template in which one has
+started a thread.
 
-The stub serves packets on `CONTROL_FD`. It first sends the address of its buffer, as eight bytes. Each packet
-that it gets is of `packed`, with descriptors, which get the lowest free numbers, from `CONTROL_FD + 1` on. It
-forks (`clone`, with the packet's flags), answers with the new process id or the negative error number, and
-waits for the next. The fork carries out the packet's system calls and returns from the initialiser; if one
-fails that may not, it says so on its standard error and ends. When the socket is closed the template ends.
+The stub serves packets on `CONTROL_FD`. It first sends the address of its buffer, as eight bytes. Each
+packet that it gets is of `packed`, with descriptors, which get the lowest free numbers, from `CONTROL_FD +
+1` on. It forks (`clone`, with the packet's flags). If there is no fork it answers with the negative error
+number. If there is, the fork answers with a zero, to which the kernel adds who sends it, and carries out its
+system calls of the packet, while the template carries out its own. Then the template waits for the next
+packet, and the fork returns from the initialiser, or becomes a template itself. If a call fails that may
+not, the process says so on its standard error and ends; it ends, too, when its socket is closed.
+
+There is a second way into the stub, for processes that have run (`rollout.sandbox.microvm.stopping`): at its
+label `stop` it handles a signal. A thread notes its stack, its thread-local storage and the place of its id,
+and waits for ever; the first thread serves packets, on the socket that its own packet named, until a fork
+returns from the handler.
 
 What forks share beyond memory that nobody can change: where everything is in their address space, and the
 secret of their stack protectors. Who has taken one of them over knows these of the others.
