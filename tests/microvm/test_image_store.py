@@ -45,6 +45,12 @@ def test_an_image_is_found_by_name_digest_and_recipe(store: ImageStore) -> None:
     store.verify(image)
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "../escape", ".hidden", "x" * 300])
+def test_a_name_that_is_none_is_refused(store: ImageStore, name: str) -> None:
+    with pytest.raises(BootError, match="an image cannot be called"):
+        store.name(name, add(store))
+
+
 def test_equal_content_is_one_image_and_a_name_moves(store: ImageStore) -> None:
     first, again = add(store), add(store)
     assert first == again
@@ -53,8 +59,13 @@ def test_equal_content_is_one_image_and_a_name_moves(store: ImageStore) -> None:
     assert len(store.list()) == 2
 
 
-@pytest.mark.parametrize("name", ["missing", "../escape", "", ".hidden"])
-def test_a_missing_image_is_named_with_the_command_that_builds_it(store: ImageStore, name: str) -> None:
+@pytest.mark.parametrize("is_empty", [True, False])
+@pytest.mark.parametrize("name", ["missing", "../escape", "", ".", ".hidden", "x" * 300, "a\0b"])
+def test_a_missing_image_is_named_with_the_command_that_builds_it(
+    store: ImageStore, name: str, is_empty: bool
+) -> None:
+    if not is_empty:
+        add(store)
     with pytest.raises(BootError, match="rollout image build"):
         store.find(name)
 

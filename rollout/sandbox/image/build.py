@@ -24,7 +24,7 @@ from rollout.errors import BootError
 from rollout.sandbox.image.container import START_OF_CONTAINER, make_container_tree
 from rollout.sandbox.image.oci import OciImage
 from rollout.sandbox.image.recipe import GUEST_PYTHON, Recipe
-from rollout.sandbox.image.store import Image, ImageStore
+from rollout.sandbox.image.store import Image, ImageStore, require_name
 
 __all__ = ["REQUIRED_TOOLS", "build_image"]
 
@@ -67,9 +67,10 @@ def build_image(
         log: Told one line a stage.
 
     Raises:
-        BootError: A program is missing (the message names the package), or a stage failed (with its last
-            lines).
+        BootError: The name is none, a program is missing (the message names the package), or a stage failed
+            (with its last lines).
     """
+    require_name(name)
     store = store or ImageStore()
     if (image := store.find_recipe(recipe.key)) is not None:
         store.name(name, image)

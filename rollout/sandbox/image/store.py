@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Generator, Mapping
@@ -27,7 +28,9 @@ from typing import Any
 from rollout.errors import BootError
 from rollout.sandbox.image.recipe import payload_digest
 
-__all__ = ["FILES", "Image", "ImageStore", "cache_dir"]
+__all__ = ["FILES", "Image", "ImageStore", "cache_dir", "require_name"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 FILES = ("vmlinuz", "initrd", "rootfs.erofs")
 
@@ -203,7 +206,7 @@ class ImageStore:
             shutil.rmtree(path, ignore_errors=True)
 
     def _load(self, digest: str) -> Image | None:
-        if not digest.isalnum():
+        if not _NAME.fullmatch(digest):
             return None
         path = self.root / "images" / digest
         try:
@@ -218,7 +221,7 @@ class ImageStore:
             ) from error
 
     def _pointed(self, kind: str, name: str) -> str | None:
-        if "/" in name or name.startswith("."):
+        if not _NAME.fullmatch(name):
             return None
         try:
             return (self.root / kind / name).read_text().strip()
@@ -226,6 +229,7 @@ class ImageStore:
             return None
 
     def _point(self, kind: str, name: str, digest: str) -> None:
+        require_name(name)
         folder = self.root / kind
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", delete=False) as file:
@@ -236,3 +240,13 @@ class ImageStore:
 def _sha256_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_name(name: str) -> None:
+    """Refuses what cannot be the name of an image.
+
+    Raises:
+        BootError: It is not made of letters, digits, dots, underscores and dashes, or too long.
+    """
+    if not _NAME.fullmatch(name):
+        raise BootError(f"an image cannot be called {name!r}: take letters, digits, '.', '_' and '-'")
