@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -67,13 +68,45 @@ class StoppedInterpreter:
             self.close()
             raise
 
-    def fork(self, program: str, fds: Sequence[int] = (), limits: Mapping[str, int] | None = None) -> Child:
-        """A fork that goes on with a program; its descriptors are from `FIRST_FD` on."""
+    def fork(
+        self,
+        program: str,
+        fds: Sequence[int] = (),
+        limits: Mapping[str, int] | None = None,
+        flags: int | None = None,
+    ) -> Child:
+        """A fork that goes on with a program; its descriptors are from `FIRST_FD` on.
+
+        Args:
+            program: What it does.
+            fds: Its descriptors.
+            limits: Resource limits instead of the usual ones.
+            flags: Of `clone`, instead of the usual ones.
+        """
         packet = self.stopped.fork(self._owner, {**limits_for(fds), **(limits or {})})
+        if flags is not None:
+            packet = struct.pack("Q", flags) + packet[8:]
         ours, theirs = socket.socketpair()
         with ours, theirs:
             given = [*fds, *self._unused[len(fds) :], theirs.fileno()]
             child = self.family.member(self._control, packet, given)
+            ours.sendall(program.encode())
+        return child
+
+    def successor(self, program: str) -> Child:
+        """A fork that could become a prototype itself, and goes on with a program.
+
+        What this one does first must map the memory that it was given, privately.
+        """
+        lines = Path(f"/proc/{self.child.pid}/maps").read_text().splitlines()
+        [mapping] = [line for line in lines if line.endswith("/memfd:unused (deleted)")]
+        start, end = (int(place, 16) for place in mapping.split()[0].split("-"))
+        packet = self.stopped.successor(self._owner, (start, end), 0)
+        ours, theirs = socket.socketpair()
+        control, their_control = control_pair()
+        with ours, theirs, control, their_control:
+            fds = [*self._unused, theirs.fileno(), their_control.fileno()]
+            child = self.family.member(self._control, packet, fds)
             ours.sendall(program.encode())
         return child
 

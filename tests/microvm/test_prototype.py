@@ -7,25 +7,30 @@ import json
 import os
 import select
 import shutil
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from interpreters import DEADLINE_S, LIBRARY, StoppedInterpreter, interpreter_files
+from interpreters import DEADLINE_S, LIBRARY, MEMORY_BYTES, PYTHON, StoppedInterpreter, interpreter_files
 
 from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError, GuestError
 from rollout.sandbox.engines import what_is_missing
-from rollout.sandbox.microvm import source, stopping
-from rollout.sandbox.microvm.confinement import FIRST_FD
+from rollout.sandbox.microvm import family, source, stopping
+from rollout.sandbox.microvm.confinement import FIRST_FD, SystemCall
 from rollout.sandbox.microvm.descriptors import Opened, exchange
 from rollout.sandbox.microvm.engine import MicroVMEngine
 from rollout.sandbox.microvm.prototype import Family, Prototype
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox
 from rollout.sandbox.microvm.source import VmmSource
 from rollout.sandbox.microvm.spawner import Child, Spawner
+from rollout.sandbox.microvm.template import CLONE_PARENT
+from rollout.sandbox.microvm.vmm import Vmm
 
 _missing = what_is_missing("microvm", ImageConfig())
 on_microvms = [
@@ -140,6 +145,101 @@ os._exit(0)
             os.close(ours)
             interpreter.close()
 
+    def test_what_a_fork_was_given_blocks_only_where_its_prototype_does(self, spawner: Spawner) -> None:
+        interpreter = StoppedInterpreter(spawner, f"os.set_blocking({FIRST_FD}, False)")
+        look = f"""
+os.write(2, json.dumps([os.get_blocking({FIRST_FD}), os.get_blocking({FIRST_FD + 1})]).encode())
+os._exit(0)
+"""
+        ours = os.memfd_create("ours")
+        try:
+            assert said(interpreter.fork(look, [ours])) == [False, True]
+        finally:
+            os.close(ours)
+            interpreter.close()
+
+    def test_after_a_fork_that_was_refused_the_next_one_has_its_own_descriptors(
+        self, spawner: Spawner
+    ) -> None:
+        interpreter = StoppedInterpreter(spawner, "pass")
+        say = "os.write(2, b'1'); os._exit(0)"
+        shares_handlers_but_no_memory = CLONE_PARENT | 0x800
+        try:
+            with pytest.raises(BootError, match=r"cannot be forked: .*Invalid argument"):
+                interpreter.fork(say, flags=shares_handlers_but_no_memory)
+            assert said(interpreter.fork(say)) == 1
+        finally:
+            interpreter.close()
+
+    def test_forks_have_no_random_numbers_in_common(self, spawner: Spawner) -> None:
+        interpreter = StoppedInterpreter(spawner, "gnutls_rnd = ctypes.CDLL(None).gnutls_rnd")
+        ask = """
+room = ctypes.create_string_buffer(1000)
+result = gnutls_rnd(1, room, 990)
+os.write(2, json.dumps([result, room.raw.hex()]).encode())
+os._exit(0)
+"""
+        try:
+            (first, one), (second, other) = (said(interpreter.fork(ask)) for _ in range(2))
+        finally:
+            interpreter.close()
+        assert (first, second) == (0, 0)
+        assert one[:64] != other[:64]
+        for words in (one, other):
+            assert words[-20:] == "00" * 10, "more than it was asked for"
+            assert words[-52:-20] != "00" * 16, "less than it was asked for"
+
+    def test_a_fork_that_becomes_a_prototype_reaches_no_other_process(self, spawner: Spawner) -> None:
+        first = f"""
+area = mmap.mmap({FIRST_FD}, {MEMORY_BYTES}, flags=mmap.MAP_PRIVATE)
+secret = ctypes.create_string_buffer(b"secret")
+os.write(2, str(ctypes.addressof(secret)).encode())
+"""
+        interpreter = StoppedInterpreter(spawner, first)
+        place = int(interpreter.child.log())
+        fork = interpreter.fork("time.sleep(600)")
+        try:
+            for victim in (interpreter.child, fork):
+                words = Path(f"/proc/{victim.pid}/status").read_text().split("NSpid:\t")[1].split("\n")[0]
+                pid = words.split()[-1 if victim is interpreter.child else -2]
+                attempts = f"""
+def write(pid):
+    with open(f'/proc/{{pid}}/mem', 'r+b', buffering=0) as memory:
+        memory.seek({place})
+        return memory.write(b's')
+def refusal(attempt, *arguments):
+    try:
+        return attempt(*arguments)
+    except OSError as error:
+        return type(error).__name__
+os.write(2, json.dumps([
+    write(os.getpid()),
+    refusal(write, {pid}),
+    refusal(os.kill, {pid}, 0),
+    refusal(resource.prlimit, {pid}, resource.RLIMIT_NPROC),
+]).encode())
+os._exit(0)
+"""
+                assert said(interpreter.successor(attempts)) == [1, *["PermissionError"] * 3]
+        finally:
+            fork.kill()
+            fork.close()
+            interpreter.close()
+
+    def test_a_late_fork_is_not_taken_for_the_next_one(self, spawner: Spawner) -> None:
+        interpreter = StoppedInterpreter(spawner, "pass")
+        prototype = psutil.Process(interpreter.child.pid)
+        try:
+            interpreter._control.settimeout(0.3)
+            prototype.suspend()
+            with pytest.raises(BootError, match="cannot be forked: timed out"):
+                interpreter.fork("pass")
+            prototype.resume()
+            with pytest.raises(BootError, match="cannot be forked"):
+                interpreter.fork("pass")
+        finally:
+            interpreter.close()
+
     def test_what_cannot_be_shared_is_refused(self, spawner: Spawner) -> None:
         interpreter = StoppedInterpreter(spawner, "pair = os.pipe()")
         try:
@@ -162,6 +262,21 @@ time.sleep(0.3)
         with pytest.raises(OSError, match="its 2 threads do not stop"):
             StoppedInterpreter(spawner, blocks, num_threads=2)
 
+    def test_a_thread_that_begins_meanwhile_is_noticed(
+        self, spawner: Spawner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, seen = stopping._numbers, list[list[int]]()
+
+        def late(pid: int) -> list[int]:
+            """At first the last thread is not there yet."""
+            seen.append(real(pid))
+            return seen[0][:-1] if len(seen) == 1 else seen[-1]
+
+        monkeypatch.setattr(stopping, "_numbers", late)
+        begins = "threading.Thread(target=time.sleep, args=[600], daemon=True).start()"
+        with pytest.raises(OSError, match="begun a thread meanwhile"):
+            StoppedInterpreter(spawner, begins, num_threads=2)
+
     def test_forks_live_on_without_their_prototype_but_not_without_the_first_process(
         self, spawner: Spawner
     ) -> None:
@@ -178,6 +293,27 @@ time.sleep(0.3)
         finally:
             child.close()
             interpreter.close()
+
+    def test_of_a_first_process_that_does_not_speak_nothing_stays(
+        self, spawner: Spawner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        start = spawner.start_family
+
+        def killing(argv: Sequence[str], control: socket.socket) -> tuple[Child, int]:
+            control.shutdown(socket.SHUT_WR)  # as if it had ended before it could say that it is there
+            return start(argv, control)
+
+        monkeypatch.setattr(spawner, "start_family", killing)
+        with pytest.raises(BootError, match="no family of VMMs can be made"):
+            Family(spawner, [str(PYTHON), "-ISc", "pass"])
+
+    def test_of_a_family_whose_first_process_ends_later_nothing_stays(self, spawner: Spawner) -> None:
+        family_of_one = Family(spawner, [str(PYTHON), "-ISc", "pass"])
+        family_of_one._first.kill()
+        assert select.select([family_of_one._first.pidfd], [], [], DEADLINE_S)[0]
+        with pytest.raises(BootError, match="a VMM cannot be forked"):
+            family_of_one.start([], None, {})
+        family_of_one.end()
 
     def test_a_family_that_cannot_begin_says_why(self, spawner: Spawner) -> None:
         with pytest.raises(BootError, match="no family of VMMs can be made"):
@@ -249,6 +385,16 @@ class TestExchange:
             exchange([NULL, opened(7, "anon_inode:[eventfd]", info="pos:\t0\n")], [], kept=None)
 
 
+RDRAND = """
+import ctypes, mmap
+code = mmap.mmap(-1, 4096, prot=7)
+code.write(bytes.fromhex("480fc7f0 c3"))
+rdrand = ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+print(rdrand(), rdrand(), rdrand())
+"""
+"""What a guest's CPU gives who asks it for random numbers."""
+
+
 async def prototype_of(source_of_vmms: VmmSource) -> Prototype:
     prototype = await source_of_vmms.prototype()
     assert prototype is not None
@@ -295,6 +441,17 @@ class TestMachines:
         names = {(await clone.exec(["hostname"])).stdout for clone in clones}
         assert len(names) == 12
 
+    async def test_what_the_cpu_calls_random_differs_from_clone_to_clone(
+        self, engine: MicroVMEngine, lake: MicroVMSandbox
+    ) -> None:
+        await prototype_of(source_for(engine))
+        checkpoint = await lake.checkpoint()
+        await engine.drain()
+        clones = await engine.fork(checkpoint, 3)
+        found = [(await clone.exec(["python3", "-c", RDRAND])).stdout.split() for clone in clones]
+        assert [len(words) for words in found] == [3] * 3
+        assert len({word for words in found for word in words}) == 9
+
     async def test_another_prototype_takes_the_place_of_one_that_was_killed(
         self, engine: MicroVMEngine, lake: MicroVMSandbox, counted: list[int]
     ) -> None:
@@ -324,9 +481,11 @@ class TestMachines:
         checkpoint = await lake.checkpoint()
         await engine.drain()
         [clone] = await engine.fork(checkpoint)
-        family = psutil.Process(pid_of(prototype)).parent()
-        assert family is not None
-        family.kill()
+        first = psutil.Process(pid_of(prototype)).parent()
+        assert first is not None
+        machine = psutil.Process(clone.pid)
+        first.kill()
+        assert not psutil.wait_procs([machine], DEADLINE_S)[1]
         with pytest.raises(GuestError):
             await clone.call("ping")
         [clone] = await engine.fork(checkpoint)
@@ -349,6 +508,33 @@ class TestMachines:
             assert await source_for(engine).prototype() is None
         assert not counted
 
+    async def test_a_prototype_whose_forks_die_is_not_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = family.fork
+        no_such_call = SystemCall("none", 0xFFFF, ())
+        monkeypatch.setattr(family, "fork", lambda *args: [*real(*args), no_such_call])
+        async with MicroVMEngine(EngineConfig(kind="microvm"), ImageConfig()) as engine:
+            machine = await engine.boot("default")
+            assert await source_for(engine).prototype() is None
+            checkpoint = await machine.checkpoint()
+            for clone in await engine.fork(checkpoint, 3):
+                assert await clone.call("ping") is None
+
+    async def test_prototypes_are_made_again_as_long_as_forks_of_them_live(
+        self, engine: MicroVMEngine, lake: MicroVMSandbox
+    ) -> None:
+        vmms = source_for(engine)
+        checkpoint = await lake.checkpoint()
+        for _ in range(source._MAX_FAILURES + 1):
+            prototype = await prototype_of(vmms)
+            await engine.drain()
+            await engine.fork(checkpoint)
+            psutil.Process(pid_of(prototype)).kill()
+            async with asyncio.timeout(DEADLINE_S):
+                while not prototype.has_ended:
+                    await asyncio.sleep(0.01)
+            await engine.drain()
+            await engine.fork(checkpoint)
+
     async def test_a_derived_base_has_a_prototype_of_its_own_that_knows_the_code(
         self, engine: MicroVMEngine, lake: MicroVMSandbox, counted: list[int]
     ) -> None:
@@ -365,6 +551,19 @@ class TestMachines:
         saved = await clones[0].checkpoint()
         assert saved.private_bytes < checkpoint.private_bytes
 
+    async def test_bases_are_derived_from_derived_ones_at_any_depth(
+        self, engine: MicroVMEngine, lake: MicroVMSandbox, counted: list[int]
+    ) -> None:
+        expected = await lake.call("env.state_hash")
+        machine = lake
+        for depth in range(1, 9):
+            checkpoint = await machine.checkpoint()
+            await engine.rebase(checkpoint)
+            await prototype_of(source_for(engine, depth))
+            [machine] = await engine.fork(checkpoint)
+            assert machine.pid in counted
+            assert await machine.call("env.state_hash") == expected
+
     async def test_many_at_once_are_all_there_or_none(
         self, engine: MicroVMEngine, lake: MicroVMSandbox
     ) -> None:
@@ -374,13 +573,60 @@ class TestMachines:
         answers = await asyncio.gather(*(clone.call("env.step", action=2) for clone in clones))
         assert len({str(answer["observation"]) for answer in answers}) == 1
 
+    @pytest.mark.parametrize(
+        ("owner", "name"), [(Prototype, "fork"), (source, "start_vmm")], ids=["fork", "program"]
+    )
+    async def test_who_stops_waiting_for_a_machine_leaves_none_behind(
+        self, engine: MicroVMEngine, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+    ) -> None:
+        await engine.boot("default")
+        vmms = source_for(engine)
+        await prototype_of(vmms)
+        await engine.drain()
+        start, started, goes_on = getattr(owner, name), list[Vmm](), threading.Event()
+
+        def slowly(*args: Any, **options: Any) -> Vmm:
+            started.append(start(*args, **options))
+            goes_on.wait(DEADLINE_S)
+            return started[-1]
+
+        monkeypatch.setattr(owner, name, slowly)
+        waiting = asyncio.create_task(vmms.start() if owner is Prototype else vmms.start_dormant())
+        while not started:
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.sleep(0)
+        goes_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert [vmm.is_closed for vmm in started] == [True]
+
+    async def test_no_base_is_derived_while_the_engine_is_being_closed(
+        self, lake: MicroVMSandbox, engine: MicroVMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checkpoint = await lake.checkpoint()
+        begun, goes_on, close = asyncio.Event(), asyncio.Event(), VmmSource.close
+
+        async def slowly(vmms: VmmSource) -> None:
+            begun.set()
+            await goes_on.wait()
+            await close(vmms)
+
+        monkeypatch.setattr(VmmSource, "close", slowly)
+        closing = asyncio.create_task(engine.stocks.close())
+        await begun.wait()
+        with pytest.raises(BootError, match="the engine has been closed"):
+            await engine.rebase(checkpoint)
+        goes_on.set()
+        await closing
+
     async def test_the_end_of_the_engine_is_the_end_of_a_family(self) -> None:
         async with MicroVMEngine(EngineConfig(kind="microvm"), ImageConfig()) as engine:
             await engine.boot("default")
             prototype = psutil.Process(pid_of(await prototype_of(source_for(engine))))
-            family = prototype.parent()
-            assert family is not None
-            processes = [family, *family.children(recursive=True)]
+            first = prototype.parent()
+            assert first is not None
+            processes = [first, *first.children(recursive=True)]
             assert prototype in processes
         give_up_at_s = time.monotonic() + DEADLINE_S
         while any(process.is_running() for process in processes):

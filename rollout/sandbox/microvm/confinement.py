@@ -8,8 +8,8 @@ this order, and goes on as the VMM:
 - `VIEW_FOLDER` is its root: read-only, and all that there is.
 - Limits on its address space, threads, file size and descriptors; no core dumps.
 - No group, no capability, no way to gain privileges.
-- A system call filter: no new process, socket, tracing, mount, namespace, key, or io_uring. QEMU's own
-  `-sandbox`, which also ends its ability to execute programs, comes on top.
+- A system call filter: no new process, socket, tracing, mount, namespace, key, or io_uring, and no limits of
+  another process. QEMU's own `-sandbox`, which also ends its ability to execute programs, comes on top.
 
 Who carries them out: the launcher's own child, which then executes the VMM's program, or a template that has
 executed it already (`rollout.sandbox.microvm.template`).
@@ -224,6 +224,8 @@ def filter_of(denied: Sequence[int], clone_flags: int = CLONE_THREAD, ignored_ad
     if ignored_advice:
         program += [(_EQUAL, 0, 4, _MADVISE), (_LOAD, 0, 0, 32), (_EQUAL, 0, 1, ignored_advice)]
         program += [(_RETURN, 0, 0, _ERRNO), (_RETURN, 0, 0, _ALLOW)]
+    program += [(_EQUAL, 0, 4, _PRLIMIT), (_LOAD, 0, 0, 16), (_EQUAL, 1, 0, 0)]  # of itself only
+    program += [(_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)]
     program += [(_EQUAL, 0, 3, _CLONE), (_LOAD, 0, 0, 16)]
     program += [(_ANY_BIT, 1, 0, clone_flags), (_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)]
     return Filter(b"".join(struct.pack("HBBI", *each) for each in program))

@@ -1,9 +1,10 @@
 """What a VMM has open, and how a fork of it gets what is its own. Pure but for `opened`.
 
 A process that forks shares every open file with its fork. Those that a VMM is given are replaced by those of
-the fork, under every number that they have; event counters by new ones. The rest must be something that can
-be shared: a file that is only read (QEMU reads at positions of its own), a null device, a signal descriptor
-(each reader gets its own process's signals), an epoll set without members. Anything else is refused.
+the fork, under every number that they have, and do not block where the VMM's do not; event counters by new
+ones. The rest must be something that can be shared: a file that is only read (QEMU reads at positions of its
+own), a null device, a signal descriptor (each reader gets its own process's signals), an epoll set without
+members. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ def exchange(there: Sequence[Opened], given: Sequence[tuple[int, int]], kept: in
             lowest = min(lowest, each.number)
         elif index is not None:
             calls.append(family.replaced(each.number, coming[index], closes_on_exec=each.closes_on_exec))
+            if each.flags & os.O_NONBLOCK:
+                calls.append(family.not_blocking(each.number))
         elif each.target == "anon_inode:[eventfd]":
             flags, count = each.flags & os.O_NONBLOCK, _field(each.info, "eventfd-count", 16)
             calls += family.new_eventfd(each.number, count, flags, each.closes_on_exec, spare)

@@ -11,13 +11,16 @@ Each is confined as every VMM is (`rollout.sandbox.microvm.confinement`), but fo
   `chroot`, and forks need one of their own.
 - A prototype may fork, and has no limit on threads of its own, because those of its forks count as its own.
   Its filter answers a request to keep memory from forks (`MADV_DONTFORK`, which QEMU makes for the guest's
-  memory) with success, and nothing happens.
+  memory) with success, and nothing happens. It and its forks can send no signals: all have one user.
+- A prototype that is a fork of another's has a user namespace of its own, so that what its base holds can
+  reach the memory of no other process of the family; the kernel allows 32 of them in each other.
 - A fork has the prototype's user, but namespaces of its own, user namespace included; its root folder is
   empty, for all that it needs is open; and it can neither fork nor execute anything.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import struct
 from collections.abc import Mapping, Sequence
@@ -43,13 +46,16 @@ __all__ = [
     "EMPTY_FOLDER",
     "FORK_NAMESPACES",
     "STOP_SIGNAL",
+    "SUCCESSOR_NAMESPACES",
     "closed",
     "first_process",
     "fork",
     "mapped",
     "new_eventfd",
+    "not_blocking",
     "prototype",
     "replaced",
+    "successor",
     "thread",
 ]
 
@@ -59,10 +65,15 @@ STOP_SIGNAL = signal.SIGFPE
 """Stops a thread for ever. Of the few that QEMU blocks in no thread."""
 FORK_NAMESPACES = NAMESPACES | NEW_USERS | signal.SIGCHLD
 """Flags of `clone` for a fork."""
+SUCCESSOR_NAMESPACES = NEW_USERS | signal.SIGCHLD
+"""Flags of `clone` for a fork that may become a prototype."""
 
 _CLOSE, _MMAP, _RT_SIGACTION, _DUP2, _CLONE, _CHDIR, _SETSID = 3, 9, 13, 33, 56, 80, 112
 _PIVOT_ROOT, _CHROOT, _MOUNT, _UMOUNT2, _EVENTFD2, _DUP3, _CLOSE_RANGE = 155, 161, 165, 166, 290, 292, 436
 _EXECVE, _EXECVEAT = 59, 322
+_FCNTL, _F_SETFL = 72, 4
+_SIGNALLING = (62, 129, 200, 234, 297, 424)
+"""kill, rt_sigqueueinfo, tkill, tgkill, rt_tgsigqueueinfo, pidfd_send_signal."""
 _ALL = 0xFFFFFFFF
 _MS_BIND, _MS_REC, _MNT_DETACH = 4096, 16384, 2
 _CLONE_PARENT = 0x8000
@@ -125,7 +136,7 @@ def prototype(
         stop: Addresses of the handler of `STOP_SIGNAL`, and of how that returns.
     """
     program = filter_of(
-        [number for number in DENIED if number != _CHROOT],
+        [*(number for number in DENIED if number != _CHROOT), *_SIGNALLING],
         clone_flags=CLONE_THREAD | _CLONE_PARENT,
         ignored_advice=_MADV_DONTFORK,
     )
@@ -137,6 +148,16 @@ def prototype(
         _handler(STOP_SIGNAL, *stop),
         filtered(program),
     ]
+
+
+def successor(owner: tuple[str, str], free_fd: int) -> list[SystemCall]:
+    """What a fork that may become a prototype itself does when its descriptors are its own.
+
+    Args:
+        owner: User and group of the prototype.
+        free_fd: The lowest number that none of its descriptors has.
+    """
+    return [*own_user(*owner, free_fd=free_fd), *no_privileges(None)]
 
 
 def fork(owner: tuple[str, str], limits: Mapping[str, int], free_fd: int) -> list[SystemCall]:
@@ -173,6 +194,11 @@ def thread(stack: int, storage: int, id_address: int) -> SystemCall:
 def replaced(number: int, by: int, *, closes_on_exec: int) -> SystemCall:
     """Makes a descriptor number mean what another one does."""
     return SystemCall("dup3", _DUP3, (by, number, closes_on_exec))
+
+
+def not_blocking(number: int) -> SystemCall:
+    """Makes an open file one that nobody waits for: what is open, not its number, has this."""
+    return SystemCall("fcntl", _FCNTL, (number, _F_SETFL, os.O_NONBLOCK))
 
 
 def closed(number: int) -> SystemCall:

@@ -96,13 +96,19 @@ class Family:
 
     def __init__(self, spawner: Spawner, argv: Sequence[str]) -> None:
         self._control, theirs = control_pair()
+        first: Child | None = None
         try:
             with theirs:
-                self._first, self._address = spawner.start_family(argv, theirs)
+                first, self._address = spawner.start_family(argv, theirs)
             number_from(self._control)
         except (OSError, BootError) as error:
             self._control.close()
+            if first is not None:
+                first.kill()
+                first.close()
             raise BootError(f"no family of VMMs can be made: {error}") from error
+        self._first = first
+        self._has_ended = False
 
     @property
     def address(self) -> int:
@@ -131,7 +137,8 @@ class Family:
         """Has a process of the family fork.
 
         Args:
-            control: Its socket.
+            control: Its socket; closed if it does not answer, because it may fork late, and nobody else may
+                take that for the answer to what is asked next.
             packet: What the new process does.
             fds: Its descriptors.
 
@@ -140,7 +147,11 @@ class Family:
         """
         log_fd = os.memfd_create("vmm-log", os.MFD_CLOEXEC)
         try:
-            pid = forked(control, packet, [*fds, log_fd])
+            try:
+                pid = forked(control, packet, [*fds, log_fd])
+            except OSError:
+                control.close()
+                raise
             if pid < 0:
                 raise OSError(-pid, os.strerror(-pid))
             return Child(pid, self._pidfd(pid), log_fd, is_fork=True)
@@ -150,7 +161,8 @@ class Family:
 
     def end(self) -> None:
         """Ends all processes of the family. Idempotent."""
-        if self._control.fileno() >= 0:
+        if not self._has_ended:
+            self._has_ended = True
             self._control.close()
             self._first.kill()
             self._first.close()
@@ -189,7 +201,7 @@ class Prototype:
             memory = vmm.memory.start, vmm.memory.end
             stopped = Stopped.of(vmm.pid, family.address, candidate.control, candidate.given)
             self._packet = stopped.fork(candidate.owner, candidate.limits)
-            self._next_packet = stopped.successor(memory, _MEMORY_AT)
+            self._next_packet = stopped.successor(candidate.owner, memory, _MEMORY_AT)
         except (OSError, CheckpointError) as error:
             candidate.kill()
             raise BootError(f"a VMM cannot be made a prototype: {error}") from error

@@ -2,8 +2,8 @@
 
 A prototype is made with the first VMM that is asked for, beside it, and is there a tenth of a second later;
 that of a base that was derived from another begins as a fork of the other's. Where there is none (not under
-TCG, not wanted, or not possible here, which is tried a few times) VMMs start as programs, and those that are
-started ahead are warmed up one by one.
+TCG, not wanted, or not possible here, which is tried a few times in a row) VMMs start as programs, and those
+that are started ahead are warmed up one by one.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class VmmSource:
                 timeout_s=ground.timeout_s,
             )
 
-        return Ready(await ground.in_thread(work))
+        return Ready(await self._started(work))
 
     def prepare(self) -> None:
         """Has the prototype made, unless it is there, is being made, or cannot be."""
@@ -187,13 +187,25 @@ class VmmSource:
         if prototype is None:
             return None
         try:
-            vmm = await ground.in_thread(lambda: prototype.fork(ground.base.ram_fd))
+            vmm = await self._started(lambda: prototype.fork(ground.base.ram_fd))
         except BootError:
             if self._prototype is prototype:
                 self._num_failures += 1
                 self._give_up()
             return None
+        self._num_failures = 0
         return Ready(vmm, ground.snapshot)
+
+    async def _started(self, work: Callable[[], Vmm]) -> Vmm:
+        """What a worker thread has started, unless its caller has gone meanwhile: then nobody has it."""
+        started: list[Vmm] = []
+        try:
+            await self._ground.in_thread(lambda: started.append(work()))
+        except asyncio.CancelledError:
+            for vmm in started:
+                vmm.kill()
+            raise
+        return started[0]
 
     def _give_up(self) -> None:
         if self._prototype is not None:
@@ -218,7 +230,17 @@ class VmmSource:
         except BaseException:
             candidate.kill()
             raise
-        return await ground.in_thread(lambda: Prototype(candidate))
+
+        def work() -> Prototype:
+            prototype = Prototype(candidate)
+            try:
+                _try_out(prototype, ground)
+            except BaseException:
+                prototype.close()
+                raise
+            return prototype
+
+        return await ground.in_thread(work)
 
     async def _first(self) -> Candidate:
         """A VMM that is started, in a family of its own."""
@@ -275,6 +297,19 @@ class VmmSource:
                     await client.call(op, args, timeout_s=ground.timeout_s)
         finally:
             await client.close()
+
+
+def _try_out(prototype: Prototype, ground: Ground) -> None:
+    """Makes sure that a fork lives: where the kernel refuses one a step of its confinement, it dies of it.
+
+    Raises:
+        RolloutError: It does not.
+    """
+    vmm = prototype.fork(ground.base.ram_fd)
+    try:
+        vmm.stop(ground.timeout_s)  # it stands still; that it answers is what matters
+    finally:
+        vmm.kill()
 
 
 def _put_back(vmm: Vmm, ground: Ground, content: Snapshot) -> None:

@@ -92,6 +92,7 @@ class Stocks:
         self._accel: str | None = None
         self._stocks: dict[str, Stock] = {}
         self._making = asyncio.Lock()
+        self._is_closed = False
 
     def capabilities(self, limits: Sequence[str]) -> Capabilities:
         """What the engine offers on this machine; `limits` are those of control groups."""
@@ -163,7 +164,7 @@ class Stocks:
         if (known := self._stocks.get(name)) is not None:
             base.close()
             return known
-        if self._spawner is None:
+        if self._is_closed:
             base.close()
             raise BootError("the engine has been closed")
         derived = self._stock(
@@ -186,6 +187,7 @@ class Stocks:
 
     async def close(self) -> None:
         """Ends the waiting VMMs and the launcher. Idempotent."""
+        self._is_closed = True
         for stock in self._stocks.values():
             await stock.pool.close()
         for stock in reversed(self._stocks.values()):  # derived ones first

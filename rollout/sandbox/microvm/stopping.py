@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import socket
 import struct
 import time
@@ -83,10 +82,11 @@ class Stopped:
             afterwards=change.afterwards,
         )
 
-    def successor(self, memory: tuple[int, int], memory_at: int) -> bytes:
+    def successor(self, owner: tuple[str, str], memory: tuple[int, int], memory_at: int) -> bytes:
         """The packet for a fork that can be stopped like this process, with a socket of its own.
 
         Args:
+            owner: User and group of the process.
             memory: Where the guest's memory lies; the fork maps what it gets over it.
             memory_at: Which of its descriptors that is.
 
@@ -95,9 +95,10 @@ class Stopped:
         """
         change = exchange(self.there, self.given, None)
         mapping = family.mapped(*memory, change.numbers[memory_at])
+        calls = [mapping, *change.calls, *change.afterwards, *family.successor(owner, change.free_fd)]
         return packed(
-            [mapping, *change.calls, *change.afterwards, *self.threads],
-            FORK_FLAGS | signal.SIGCHLD,
+            [*calls, *self.threads],
+            family.SUCCESSOR_NAMESPACES | FORK_FLAGS,
             self.address,
             control_fd=FIRST_FD + len(self.given) - 2,
             afterwards=change.afterwards,
@@ -105,26 +106,26 @@ class Stopped:
 
 
 def _stop(pid: int, address: int, control: socket.socket) -> list[SystemCall]:
-    others = [number for number in _numbers(Path(f"/proc/{pid}/task")) if number != pid]
+    threads = _numbers(pid)
+    others = [number for number in threads if number != pid]
     counters_at = threads_address(address)
-    begun, _ = _COUNTERS.unpack(_read(pid, counters_at, _COUNTERS.size))  # by the process it is a fork of
     for number in others:
         _send(pid, number)
     give_up_at_s = time.monotonic() + _STOP_WITHIN_S
-    end = begun + len(others)
-    while _COUNTERS.unpack(_read(pid, counters_at, _COUNTERS.size)) != (end, end):
+    while _COUNTERS.unpack(_read(pid, counters_at, _COUNTERS.size)) != (len(others), len(others)):
         if time.monotonic() > give_up_at_s:
             raise OSError(f"its {len(others) + 1} threads do not stop")
         time.sleep(_LOOK_S)
     _send(pid, pid)
     number_from(control)
-    slots_at = counters_at + _COUNTERS.size + begun * _SLOT.size
-    slots = _read(pid, slots_at, _SLOT.size * len(others))
+    if _numbers(pid) != threads:  # one that is not stopped may hold a lock, and forks would lack it
+        raise OSError("it has begun a thread meanwhile")
+    slots = _read(pid, counters_at + _COUNTERS.size, _SLOT.size * len(others))
     return [family.thread(*slot) for slot in _SLOT.iter_unpack(slots)]
 
 
-def _numbers(folder: Path) -> list[int]:
-    return sorted(int(entry.name) for entry in folder.iterdir())
+def _numbers(pid: int) -> list[int]:
+    return sorted(int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir())
 
 
 def _send(pid: int, thread: int) -> None:

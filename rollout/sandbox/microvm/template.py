@@ -8,6 +8,10 @@ that the dynamic linker is asked to load first (`LD_PRELOAD`), and whose initial
 program's own code. Those of its libraries have run by then: the launcher uses no template in which one has
 started a thread.
 
+The stub also stands in for `gnutls_rnd`, from which QEMU has what it tells guests that ask their CPU for
+random numbers (RDRAND), and has the kernel answer. The library's own generator keeps a state in memory, which
+forks would all go on from alike: it learns of no fork but the C library's.
+
 The stub serves packets on `CONTROL_FD`. It first sends the address of its buffer, as eight bytes. Each
 packet that it gets is of `packed`, with descriptors, which get the lowest free numbers, from `CONTROL_FD +
 1` on. It forks (`clone`, with the packet's flags). If there is no fork it answers with the negative error
@@ -70,7 +74,8 @@ def packed(
         address: Of the template's buffer, where pointers will point.
         control_fd: The fork's socket, if it becomes a template.
         stays: It becomes one when it has done its calls, instead of going on to the program.
-        afterwards: What the template does when it has forked: lets go of the packet's descriptors.
+        afterwards: What the template does when it has forked, or failed to: lets go of the packet's
+            descriptors, or the next packet's would get other numbers.
 
     Raises:
         ValueError: It does not fit into the buffer.
@@ -135,7 +140,8 @@ def number_from(control: socket.socket) -> int:
     return struct.unpack("<q", answer)[0]
 
 
-_CODE_AT, _DYNAMIC_AT, _DATA_AT, _THREADS_AT, _BUFFER_AT = 0x200, 0x1000, 0x1200, 0x1300, 0x1A00
+_SYMBOLS_AT, _CODE_AT = 0x160, 0x200
+_DYNAMIC_AT, _DATA_AT, _THREADS_AT, _BUFFER_AT = 0x1000, 0x1200, 0x1300, 0x1A00
 _WORDS = b"cannot confine a VMM: a call was refused\n"
 # Offsets in the data: the answer; the thread id's address; a msghdr (iov, its number, control, its length);
 # an iovec; the socket's number; room for descriptors. The threads are two counters, and their slots.
@@ -170,14 +176,19 @@ _CODE: tuple[tuple[str, str, str], ...] = (
     ("b8 38 00 00 00 48 8b 3b 31 f6 31 d2", "", "mov eax, 56 (clone); mov rdi, [rbx]; xor esi, esi; edx"),
     ("4c 8b 55 08 45 31 c0 0f 05", "", "mov r10, [rbp+8]; xor r8d, r8d; syscall"),
     ("48 89 45 00 48 85 c0", "", "mov [rbp], rax; test rax, rax"),
-    ("0f 88", "answer", "js answer: there is no fork"),
     ("0f 84", "born", "jz born"),
+    ("0f 89", "parent", "jns parent"),
+    ("b8 01 00 00 00 48 8b 7d 70", "", "there is no fork: mov eax, 1 (write); mov rdi, [rbp+0x70]"),
+    ("48 89 ee ba 08 00 00 00 0f 05", "", "mov rsi, rbp; mov edx, 8; syscall"),
+    ("parent:", "", ""),
     ("4c 8b 63 20 4c 8b 6b 28", "", "mov r12, [rbx+32]; r13, [rbx+40]: calls of the template"),
     ("e9", "next", "jmp next"),
     ("born:", "", ""),
     ("b8 01 00 00 00 48 8b 7d 70", "", "mov eax, 1 (write); mov rdi, [rbp+0x70]"),
     ("48 89 ee ba 08 00 00 00 0f 05", "", "mov rsi, rbp; mov edx, 8; syscall: the kernel adds who says it"),
     ("48 8b 43 08 48 89 45 70", "", "mov rax, [rbx+8]; mov [rbp+0x70], rax: where it would serve"),
+    ("4c 8d 05", "threads", "lea r8, [threads]"),
+    ("31 c0 49 89 00 49 89 40 08", "", "xor eax, eax; mov [r8], rax; [r8+8], rax: none is stopped"),
     ("4c 8b 63 18 4c 8d 6b 30", "", "mov r12, [rbx+24]; lea r13, [rbx+48]: calls of the fork"),
     ("next:", "", ""),
     ("4d 85 e4", "", "test r12, r12"),
@@ -234,6 +245,23 @@ _CODE: tuple[tuple[str, str, str], ...] = (
     ("e9", "answer", "jmp answer"),
     ("restore:", "", ""),
     ("b8 0f 00 00 00 0f 05", "", "mov eax, 15 (rt_sigreturn); syscall"),
+    ("random:", "", ""),
+    ("49 89 f0 49 89 d1", "", "mov r8, rsi: where; mov r9, rdx: how many bytes"),
+    ("more:", "", ""),
+    ("4d 85 c9", "", "test r9, r9"),
+    ("0f 84", "enough", "jz enough"),
+    ("b8 3e 01 00 00 4c 89 c7 4c 89 ce", "", "mov eax, 318 (getrandom); mov rdi, r8; mov rsi, r9"),
+    ("31 d2 0f 05", "", "xor edx, edx; syscall"),
+    ("48 83 f8 fc", "", "cmp rax, -4 (EINTR)"),
+    ("0f 84", "more", "je more"),
+    ("48 85 c0", "", "test rax, rax"),
+    ("0f 88", "none", "js none"),
+    ("49 01 c0 49 29 c1", "", "add r8, rax; sub r9, rax"),
+    ("e9", "more", "jmp more"),
+    ("enough:", "", ""),
+    ("31 c0 c3", "", "xor eax, eax; ret"),
+    ("none:", "", ""),
+    ("b8 32 ff ff ff c3", "", "mov eax, -206 (GNUTLS_E_RANDOM_FAILED); ret"),
 )
 
 
@@ -281,14 +309,18 @@ def stub_object() -> bytes:
     load, dynamic, stack = 1, 2, 0x6474E551
     reads, writes, executes = 4, 2, 1
     end_of_data = _BUFFER_AT + MAX_SCRIPT_BYTES
+    names, global_function = b"\0gnutls_rnd\0", 0x12
+    symbols = bytes(24) + struct.pack("<IBBHQQ", 1, global_function, 0, 1, _places()["random"], 0)
+    chains = struct.pack("<5I", 1, 2, 1, 0, 0)  # one bucket, two symbols, of which the second is in it
     tags = {
-        5: 0x1F8,
-        6: 0x1E0,
-        10: 1,
+        4: _SYMBOLS_AT + len(symbols),
+        5: _SYMBOLS_AT + len(symbols + chains),
+        6: _SYMBOLS_AT,
+        10: len(names),
         11: 24,
         12: _CODE_AT,
         0: 0,
-    }  # STRTAB, SYMTAB, STRSZ, SYMENT, INIT, NULL
+    }  # HASH, STRTAB, SYMTAB, STRSZ, SYMENT, INIT, NULL
     tables = b"".join(struct.pack("<QQ", *entry) for entry in tags.items())
     segments = [
         (load, reads | executes, 0, 0x1000, 0x1000, 0x1000),
@@ -302,5 +334,6 @@ def stub_object() -> bytes:
     header = identity + struct.pack("<HHIQQQIHHHHHH", shared_object, x86_64, version, 0, 64, 0, 0, *sizes)
     for kind, flags, place, file_bytes, memory_bytes, align in segments:
         header += struct.pack("<IIQQQQQQ", kind, flags, place, place, place, file_bytes, memory_bytes, align)
+    header = header.ljust(_SYMBOLS_AT, b"\0") + symbols + chains + names
     code = header.ljust(_CODE_AT, b"\0") + _assembled()
     return (code.ljust(_DYNAMIC_AT, b"\0") + tables).ljust(_BUFFER_AT, b"\0")
