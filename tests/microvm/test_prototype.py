@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import resource
 import select
 import shutil
 import socket
@@ -409,6 +411,16 @@ def pid_of(prototype: Prototype) -> int:
     return prototype._candidate.vmm.pid
 
 
+def own_descriptors() -> set[int]:
+    """Numbers of what this process has open."""
+    found: set[int] = set()
+    for number in range(1024):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            found.add(number)
+    return found
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Process ids of all forks of prototypes."""
@@ -600,6 +612,24 @@ class TestMachines:
         with pytest.raises(asyncio.CancelledError):
             await waiting
         assert [vmm.is_closed for vmm in started] == [True]
+
+    async def test_where_descriptors_run_out_nothing_stays_open(self, engine: MicroVMEngine) -> None:
+        await engine.boot("default")
+        vmms = source_for(engine)
+        prototype = await prototype_of(vmms)
+        await engine.drain()
+        ram_fd = vmms._ground.base.ram_fd
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        before, num_needed = own_descriptors(), 11
+        free = [number for number in range(1024) if number not in before]
+        try:
+            for num_free in range(num_needed):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free[num_free], limits[1]))
+                with pytest.raises((OSError, BootError), match="Too many open files"):
+                    prototype.fork(ram_fd)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert own_descriptors() == before
 
     async def test_no_base_is_derived_while_the_engine_is_being_closed(
         self, lake: MicroVMSandbox, engine: MicroVMEngine, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from dataclasses import dataclass
@@ -31,11 +32,20 @@ class VmmEnds:
 
     @classmethod
     def open(cls, rewinder: Rewinder | None) -> VmmEnds:
-        """Makes them; the rewinder is theirs from now on."""
-        qmp, their_qmp = socket.socketpair()
-        channel, their_channel = socket.socketpair()
-        read_fd = os.memfd_create("vmm-state", os.MFD_CLOEXEC)
-        write_fd = os.open(f"/proc/self/fd/{read_fd}", os.O_WRONLY | os.O_CLOEXEC)
+        """Makes them; the rewinder is theirs from now on.
+
+        Raises:
+            OSError: There are no descriptors left; then nothing stays open.
+        """
+        with contextlib.ExitStack() as undo:
+            if rewinder is not None:
+                undo.callback(rewinder.close)
+            qmp, their_qmp = map(undo.enter_context, socket.socketpair())
+            channel, their_channel = map(undo.enter_context, socket.socketpair())
+            read_fd = os.memfd_create("vmm-state", os.MFD_CLOEXEC)
+            undo.callback(os.close, read_fd)
+            write_fd = os.open(f"/proc/self/fd/{read_fd}", os.O_WRONLY | os.O_CLOEXEC)
+            undo.pop_all()
         return cls(qmp, channel, (their_qmp, their_channel), (read_fd, write_fd), rewinder)
 
     def far_fds(self, ram_fd: int) -> list[int]:

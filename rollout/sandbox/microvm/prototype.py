@@ -260,7 +260,7 @@ class Prototype:
         try:
             with self._lock:
                 child = mine.family.member(mine.control, packet, fds)
-        except BootError:
+        except BaseException:
             ends.close()
             raise
         given = files_of([*fds, child.log_fd])

@@ -52,11 +52,16 @@ class Rewinder:
     """
 
     def __init__(self, *, forgets_code: bool) -> None:
-        self._disk_fd = os.memfd_create("vmm-state-disk", os.MFD_CLOEXEC)
+        self._memset, self._their_memset = socket.socketpair()
+        try:
+            self._disk_fd = os.memfd_create("vmm-state-disk", os.MFD_CLOEXEC)
+        except OSError:
+            self._memset.close()
+            self._their_memset.close()
+            raise
         os.ftruncate(self._disk_fd, len(_EMPTY_DISK))
         os.pwrite(self._disk_fd, _EMPTY_DISK[:STATE_OFFSET], 0)
         self.forgets_code = forgets_code
-        self._memset, self._their_memset = socket.socketpair()
 
     @property
     def far_fds(self) -> tuple[int, int]:

@@ -63,7 +63,7 @@ def start_vmm(
     fds = ends.far_fds(ram_fd)
     try:
         child = spawner.spawn(qemu_argv(shape, start), fds, _LIMITS, from_template=from_template)
-    except BootError:
+    except BaseException:
         ends.close()
         raise
     ends.has_started()
@@ -109,7 +109,7 @@ def start_candidate(
             limits = {**limits_for(fds), **_LIMITS}
             child = family.start(fds, uid, {**limits_for(fds, _MAX_FAMILY_THREADS), **_LIMITS})
             given = files_of([*fds, child.log_fd])
-    except BootError:
+    except BaseException:
         ends.close()
         control.close()
         family.end()
