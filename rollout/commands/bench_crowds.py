@@ -180,16 +180,15 @@ async def cycles(bench: Bench) -> AsyncIterator[BenchRow]:
 def _holdings(bench: Bench) -> dict[str, float]:
     """What this process and those below it hold; memory in MiB, without the pages of programs.
 
-    Files are those of the engine's folder, and what is called `rollout…` in the machine's temporary folders,
-    which another run that begins or ends meanwhile changes, too.
+    Files are those of the engine's folder, and what is called `rollout…` in the folder for temporary files,
+    which another run that begins or ends meanwhile changes, too. No engine writes anywhere else.
     """
     processes = _descendants()
     memory_mib = 0.0
     for pid in (os.getpid(), *processes):
         with contextlib.suppress(OSError):  # it ended while we were looking
             memory_mib += private_mib(pid)
-    temporary = {Path(tempfile.gettempdir()), Path("/dev/shm")}
-    ours = [path for folder in temporary if folder.is_dir() for path in folder.glob("rollout*")]
+    ours = list(Path(tempfile.gettempdir()).glob("rollout*"))
     return {
         "processes": float(len(processes)),
         "descriptors": float(_num_descriptors()),
