@@ -9,7 +9,8 @@ What a VMM is confined by is in `rollout.sandbox.microvm.confinement`; all of it
 program begins. A VMM is a child that executes its program, or, for requests that say so, a fork of a template
 that has it loaded already: one for each argument vector, started with the first request. Where templates do
 not work (the kernel does not tell where a thread's id is kept, the linker does not take the stub) the
-launcher says so once on its standard error, and executes.
+launcher says so once on its standard error, and executes. A third kind of request starts the first process of
+a family of VMMs (`rollout.sandbox.microvm.family`), whose owner speaks with it from then on.
 
 Each request is one packet on a SOCK_SEQPACKET socket: JSON with an argument vector and limits, and
 descriptors, which the VMM finds at `FIRST_FD` and after. The answer carries a pidfd of the new process, so
