@@ -30,7 +30,8 @@ from rollout.sandbox.microvm.engine import MicroVMEngine
 from rollout.sandbox.microvm.prototype import Family, Prototype
 from rollout.sandbox.microvm.sandbox import MicroVMSandbox
 from rollout.sandbox.microvm.source import VmmSource
-from rollout.sandbox.microvm.spawner import Child, Spawner
+from rollout.sandbox.microvm.spawner import MAX_THREADS, Child, Spawner
+from rollout.sandbox.microvm.starting import max_threads_of_fork
 from rollout.sandbox.microvm.template import CLONE_PARENT
 from rollout.sandbox.microvm.vmm import Vmm
 
@@ -395,6 +396,16 @@ rdrand = ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(ctypes.c_char.from_b
 print(rdrand(), rdrand(), rdrand())
 """
 """What a guest's CPU gives who asks it for random numbers."""
+
+
+@pytest.mark.parametrize(
+    ("release", "is_by_namespace"),
+    [("6.18.44-fc", True), ("5.14.0", True), ("5.13.19-2-amd64", False), ("4.19", False), ("unknown", False)],
+)
+def test_threads_are_limited_where_the_kernel_counts_those_of_one_fork(
+    release: str, is_by_namespace: bool
+) -> None:
+    assert (max_threads_of_fork(release) == MAX_THREADS) == is_by_namespace
 
 
 async def prototype_of(source_of_vmms: VmmSource) -> Prototype:

@@ -30,7 +30,7 @@ from rollout.sandbox.microvm.confinement import VIEW_FOLDER
 from rollout.sandbox.microvm.family import EMPTY_FOLDER
 from rollout.sandbox.microvm.launcher import MAX_PACKET_BYTES
 
-__all__ = ["Child", "Spawner"]
+__all__ = ["MAX_THREADS", "Child", "Spawner", "limits_for"]
 
 _REPLY_TIMEOUT_S = 30.0
 _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
@@ -42,7 +42,7 @@ _CAPABILITIES = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_ADMIN", "CA
 _VMM_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _VMM_DATA = ("/usr/share/qemu", "/usr/share/seabios", "/usr/lib/x86_64-linux-gnu/qemu", "/etc/ld.so.cache")
 """Firmware, and QEMU's own modules."""
-_MAX_THREADS = 96
+MAX_THREADS = 96
 """QEMU's own few, and at most 64 that read disks."""
 _MAX_FILE_BYTES = 64 << 20
 _OWN_ADDRESS_SPACE_BYTES = 2 << 30
@@ -261,7 +261,7 @@ def pid_of(pidfd: int) -> int:
     raise BootError("this kernel does not tell the process id of a pidfd (it needs Linux 5.4 or later)")
 
 
-def limits_for(fds: Sequence[int], num_threads: int = _MAX_THREADS) -> dict[str, int]:
+def limits_for(fds: Sequence[int], num_threads: int = MAX_THREADS) -> dict[str, int]:
     """What a VMM may use: the memory that it is given as files, and a bounded amount beside."""
     states = [os.fstat(fd) for fd in fds]
     given_bytes = sum(state.st_size for state in states if stat.S_ISREG(state.st_mode))

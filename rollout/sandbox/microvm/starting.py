@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 from pathlib import Path
 
 from rollout.errors import BootError
@@ -11,17 +13,19 @@ from rollout.sandbox.microvm.ends import VmmEnds
 from rollout.sandbox.microvm.machine import BootFiles, MachineShape, Start, qemu_argv
 from rollout.sandbox.microvm.prototype import Candidate, Family, control_pair, files_of
 from rollout.sandbox.microvm.rewind import Rewinder
-from rollout.sandbox.microvm.spawner import Spawner, limits_for
+from rollout.sandbox.microvm.spawner import MAX_THREADS, Spawner, limits_for
 from rollout.sandbox.microvm.tsc import measure_tsc_khz
 from rollout.sandbox.microvm.vmm import Vmm
 
-__all__ = ["start_candidate", "start_vmm"]
+__all__ = ["max_threads_of_fork", "start_candidate", "start_vmm"]
 
 _RAM = Path(f"/proc/self/fd/{FIRST_FD + 3}")
 _REWIND_FDS = (FIRST_FD + 4, FIRST_FD + 5)
 _LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
 _MAX_FAMILY_THREADS = 1 << 15
 """Of all forks of a prototype: the kernel counts them for its user, too."""
+_COUNTS_BY_NAMESPACE = (5, 14)
+"""From this Linux on, threads are also counted for each user namespace by itself."""
 
 
 def start_vmm(
@@ -106,7 +110,7 @@ def start_candidate(
     try:
         with theirs:
             fds = [*ends.far_fds(ram_fd), theirs.fileno()]
-            limits = {**limits_for(fds), **_LIMITS}
+            limits = {**limits_for(fds, max_threads_of_fork(platform.release())), **_LIMITS}
             child = family.start(fds, uid, {**limits_for(fds, _MAX_FAMILY_THREADS), **_LIMITS})
             given = files_of([*fds, child.log_fd])
     except BaseException:
@@ -132,3 +136,10 @@ def _negotiate(vmm: Vmm, timeout_s: float) -> None:
     except BootError:
         vmm.kill()
         raise
+
+
+def max_threads_of_fork(release: str) -> int:
+    """Most threads of a fork of a prototype, on a kernel of that name; before 5.14 those of all its forks."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    is_by_namespace = found is not None and (int(found[1]), int(found[2])) >= _COUNTS_BY_NAMESPACE
+    return MAX_THREADS if is_by_namespace else _MAX_FAMILY_THREADS
