@@ -97,8 +97,8 @@ class EngineConfig(_Section):
 
     Several times faster. A guest that has broken out into its VMM would meet the next guest there. Without it
     nothing of a VMM is shared with another either: each loads QEMU for itself and, under TCG, translates all
-    code, instead of being a fork of a process that has done so, which takes ten times as long and twice the
-    memory.
+    code, instead of being a fork of a process that has done so, which takes four times as long and more than
+    twice the memory.
     """
     python_path: tuple[str, ...] = ()
     """Folders with further modules for sandboxes of the process engine, which see only installed packages."""
