@@ -383,6 +383,11 @@ class TestExchange:
         with pytest.raises(OSError, match="which forks cannot share"):
             exchange([NULL, refused], [], kept=None)
 
+    def test_a_process_without_a_number_to_spare(self) -> None:
+        full = [opened(number, "/dev/null", inode=3) for number in range(256)]
+        with pytest.raises(OSError, match="none left for its forks"):
+            exchange(full, [(1, 10)], kept=None)
+
     def test_a_kernel_that_does_not_tell_a_count(self) -> None:
         with pytest.raises(OSError, match="eventfd-count"):
             exchange([NULL, opened(7, "anon_inode:[eventfd]", info="pos:\t0\n")], [], kept=None)
@@ -496,6 +501,23 @@ class TestMachines:
         [clone] = await engine.fork(checkpoint)
         assert len(counted) > num_forks
         assert await clone.call("ping") is None
+
+    async def test_a_fork_that_the_kernel_refuses_does_not_end_the_prototype(
+        self, engine: MicroVMEngine, lake: MicroVMSandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = await prototype_of(source_for(engine))
+        checkpoint = await lake.checkpoint()
+        await engine.drain()
+
+        def refuse(*_: object) -> None:
+            raise BootError("a VMM cannot be forked: [Errno 11] Resource temporarily unavailable")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Prototype, "fork", refuse)
+            for clone in await engine.fork(checkpoint, 4):
+                assert await clone.call("ping") is None
+            await engine.drain()
+        assert await prototype_of(source_for(engine)) is first
 
     async def test_the_end_of_a_family_is_told_and_outlived(
         self, engine: MicroVMEngine, lake: MicroVMSandbox

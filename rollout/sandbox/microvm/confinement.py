@@ -23,7 +23,27 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-__all__ = ["FIRST_FD", "VIEW_FOLDER", "Filter", "SystemCall", "confinement", "filter_header", "namespaces"]
+__all__ = [
+    "CLONE_THREAD",
+    "DENIED",
+    "FIRST_FD",
+    "NAMESPACES",
+    "NEW_USERS",
+    "VIEW_FOLDER",
+    "Filter",
+    "SystemCall",
+    "confinement",
+    "descriptors",
+    "filter_header",
+    "filter_of",
+    "filtered",
+    "limited",
+    "namespaces",
+    "no_huge_pages",
+    "no_privileges",
+    "own_proc",
+    "own_user",
+]
 
 FIRST_FD = 100
 """Number of a request's first descriptor in the new process; its standard error is the request's last one."""
@@ -146,6 +166,7 @@ def no_huge_pages() -> SystemCall:
 
 
 def descriptors(fds: Sequence[int]) -> list[SystemCall]:
+    """Moves those that are given to their numbers, the last one to be its log, and closes all others."""
     *given, log_fd = fds
     free = _LOWEST_FREE_FD
     return [

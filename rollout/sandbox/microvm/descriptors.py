@@ -101,11 +101,13 @@ def exchange(there: Sequence[Opened], given: Sequence[tuple[int, int]], kept: in
         kept: Which of them, if any, the fork gets nothing for, and closes.
 
     Raises:
-        OSError: Something is open that cannot be shared.
+        OSError: Something is open that cannot be shared, or too much.
     """
     taken = {each.number for each in there}
     free = [number for number in range(_MAX_FDS) if number not in taken]
     wanted = [index for index in range(len(given)) if index != kept]
+    if len(free) <= len(wanted):
+        raise OSError(f"with {len(taken)} descriptors it has none left for its forks")
     coming = dict(zip(wanted, free, strict=False))
     spare = free[len(wanted)]
     calls: list[SystemCall] = []

@@ -84,7 +84,7 @@ class Candidate:
 
 
 class Family:
-    """The first process of a family. Blocking; one thread at a time may use it.
+    """The first process of a family. Blocking; threads may share it, but for each socket they take turns.
 
     Args:
         spawner: Starts it.
@@ -202,7 +202,7 @@ class Prototype:
             stopped = Stopped.of(vmm.pid, family.address, candidate.control, candidate.given)
             self._packet = stopped.fork(candidate.owner, candidate.limits)
             self._next_packet = stopped.successor(candidate.owner, memory, _MEMORY_AT)
-        except (OSError, CheckpointError) as error:
+        except (OSError, ValueError, CheckpointError) as error:
             candidate.kill()
             raise BootError(f"a VMM cannot be made a prototype: {error}") from error
 
@@ -210,6 +210,11 @@ class Prototype:
     def has_ended(self) -> bool:
         """Somebody has killed it."""
         return self._candidate.vmm.child.has_ended
+
+    @property
+    def can_fork(self) -> bool:
+        """It lives, and has answered whenever it was asked."""
+        return self._candidate.control.fileno() >= 0 and not self.has_ended
 
     def fork(self, ram_fd: int) -> Vmm:
         """Makes a VMM that goes on where this one stopped.

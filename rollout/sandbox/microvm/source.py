@@ -18,7 +18,7 @@ from rollout.sandbox.client import GuestClient
 from rollout.sandbox.microvm.base import Base
 from rollout.sandbox.microvm.boot import InThread
 from rollout.sandbox.microvm.machine import BootFiles, MachineShape
-from rollout.sandbox.microvm.memory import Pages, has_pagemap_scan
+from rollout.sandbox.microvm.memory import Pages
 from rollout.sandbox.microvm.prototype import Candidate, Family, Prototype
 from rollout.sandbox.microvm.ready import Ready, become
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
@@ -30,8 +30,10 @@ from rollout.types import Randomness, Value
 __all__ = ["Ground", "VmmSource"]
 
 _MAX_FAILURES = 3
-_REHEARSAL: tuple[tuple[str, dict[str, Value]], ...] = (
-    ("ping", {}),
+_Calls = tuple[tuple[str, dict[str, Value]], ...]
+_PING: _Calls = (("ping", {}),)
+_REHEARSAL: _Calls = (
+    *_PING,
     ("env.reset", {"seed": 0, "options": None}),
     ("env.step", {"action": 0, "state_hash": True}),
     ("env.playout", {"horizon": 1, "seed": 0, "discount": 1.0}),
@@ -53,6 +55,7 @@ class Ground:
         cache: Pages at hand.
         in_thread: Runs blocking work.
         timeout_s: Deadline of each step.
+        use_scan: See `GuestMemory`.
         reuses: VMMs may share memory, and be used again.
     """
 
@@ -65,6 +68,7 @@ class Ground:
     cache: RawCache
     in_thread: InThread
     timeout_s: float
+    use_scan: bool
     reuses: bool
 
 
@@ -117,7 +121,7 @@ class VmmSource:
         if not self._translates:
             return ready
         try:
-            await self._run(ready.vmm, self._recent())
+            await self._run(ready.vmm, self._recent(), _PING)
             if not await self._ground.in_thread(lambda: ready.vmm.retire(self._ground.timeout_s)):
                 raise BootError("a VMM that was warmed up cannot be put back")
         except BaseException:
@@ -149,7 +153,7 @@ class VmmSource:
             return start_vmm(
                 *(ground.spawner, ground.shape, ground.files, ground.base.ram_fd),
                 from_template=ground.reuses,
-                use_scan=has_pagemap_scan(),
+                use_scan=ground.use_scan,
                 timeout_s=ground.timeout_s,
             )
 
@@ -182,17 +186,17 @@ class VmmSource:
         return self._ground.shape.accel == "tcg" and self._ground.reuses
 
     async def _fork(self) -> Ready | None:
-        """A fork of the prototype, if there is one that forks; one that does not is given up."""
+        """A fork of the prototype, if there can be one; a prototype that will make none is given up."""
         prototype, ground = self._prototype, self._ground
         if prototype is None:
             return None
         try:
             vmm = await self._started(lambda: prototype.fork(ground.base.ram_fd))
         except BootError:
-            if self._prototype is prototype:
+            if self._prototype is prototype and not prototype.can_fork:
                 self._num_failures += 1
                 self._give_up()
-            return None
+            return None  # the kernel may refuse it the fork, for now
         self._num_failures = 0
         return Ready(vmm, ground.snapshot)
 
@@ -225,7 +229,7 @@ class VmmSource:
         ground = self._ground
         candidate = await (self._first() if self._root is None else self._of_root(*self._root))
         try:
-            await self._run(candidate.vmm, ground.snapshot)
+            await self._run(candidate.vmm, ground.snapshot, _REHEARSAL)
             await ground.in_thread(lambda: _put_back(candidate.vmm, ground, ground.snapshot))
         except BaseException:
             candidate.kill()
@@ -248,7 +252,7 @@ class VmmSource:
         candidate = await ground.in_thread(
             lambda: start_candidate(
                 *(ground.spawner, ground.shape, ground.files, ground.base.ram_fd),
-                use_scan=has_pagemap_scan(),
+                use_scan=ground.use_scan,
                 timeout_s=ground.timeout_s,
             )
         )
@@ -280,8 +284,8 @@ class VmmSource:
 
         return await ground.in_thread(work)
 
-    async def _run(self, vmm: Vmm, snapshot: Snapshot) -> None:
-        """Makes a VMM that holds its base into a snapshot, and has it do what a clone does first.
+    async def _run(self, vmm: Vmm, snapshot: Snapshot, calls: _Calls) -> None:
+        """Makes a VMM that holds its base into a snapshot, shakes hands with its guest, and calls it.
 
         Raises:
             RolloutError: It does not come up.
@@ -292,7 +296,7 @@ class VmmSource:
         client = await GuestClient.connect(vmm.channel.dup())
         try:
             await client.hello(0, Randomness(), hostname="ready", timeout_s=ground.timeout_s)
-            for op, args in _REHEARSAL:
+            for op, args in calls:
                 with contextlib.suppress(EnvError):  # it has no environment, or one without such an action
                     await client.call(op, args, timeout_s=ground.timeout_s)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from rollout.errors import BootError
@@ -19,8 +20,6 @@ from rollout.sandbox.microvm.vmm import Vmm
 
 __all__ = ["max_threads_of_fork", "start_candidate", "start_vmm"]
 
-_RAM = Path(f"/proc/self/fd/{FIRST_FD + 3}")
-_REWIND_FDS = (FIRST_FD + 4, FIRST_FD + 5)
 _LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
 _MAX_FAMILY_THREADS = 1 << 15
 """Of all forks of a prototype: the kernel counts them for its user, too."""
@@ -49,21 +48,17 @@ def start_vmm(
     """
     boots = make_base and files.kernel is not None
     ends = VmmEnds.open(rewinder=None if make_base else Rewinder(forgets_code=shape.accel == "tcg"))
-    start = Start(
-        binary=files.binary,
-        ram=_RAM,
-        share=make_base,
-        qmp_fd=FIRST_FD,
-        guest_fd=FIRST_FD + 1,
-        state_fd=FIRST_FD + 2,
-        disk=files.disk,
-        kernel=files.kernel if boots else None,
-        initrd=files.initrd if boots else None,
-        tsc_khz=measure_tsc_khz() if boots and shape.accel == "tcg" else None,
-        firmware=files.firmware if make_base else None,
-        filters_itself=files.filters_itself,
-        rewind_fds=None if make_base else _REWIND_FDS,
-    )
+    start = _waiting(files)
+    if make_base:
+        start = replace(
+            start,
+            share=True,
+            kernel=files.kernel,
+            initrd=files.initrd if boots else None,
+            tsc_khz=measure_tsc_khz() if boots and shape.accel == "tcg" else None,
+            firmware=files.firmware,
+            rewind_fds=None,
+        )
     fds = ends.far_fds(ram_fd)
     try:
         child = spawner.spawn(qemu_argv(shape, start), fds, _LIMITS, from_template=from_template)
@@ -90,19 +85,7 @@ def start_candidate(
     Raises:
         BootError: It did not come up in time, or families cannot be made here.
     """
-    start = Start(
-        binary=files.binary,
-        ram=_RAM,
-        share=False,
-        qmp_fd=FIRST_FD,
-        guest_fd=FIRST_FD + 1,
-        state_fd=FIRST_FD + 2,
-        disk=files.disk,
-        filters_itself=files.filters_itself,
-        rewind_fds=_REWIND_FDS,
-        has_forks=True,
-    )
-    family = Family(spawner, qemu_argv(shape, start))
+    family = Family(spawner, qemu_argv(shape, replace(_waiting(files), has_forks=True)))
     control, theirs = control_pair()
     ends = VmmEnds.open(Rewinder(forgets_code=True))
     uid = spawner.new_uid()
@@ -128,6 +111,21 @@ def start_candidate(
         family.end()
         raise
     return candidate
+
+
+def _waiting(files: BootFiles) -> Start:
+    """A VMM that waits to become a checkpoint; its descriptors are those of `VmmEnds.far_fds`."""
+    return Start(
+        binary=files.binary,
+        ram=Path(f"/proc/self/fd/{FIRST_FD + 3}"),
+        share=False,
+        qmp_fd=FIRST_FD,
+        guest_fd=FIRST_FD + 1,
+        state_fd=FIRST_FD + 2,
+        disk=files.disk,
+        filters_itself=files.filters_itself,
+        rewind_fds=(FIRST_FD + 4, FIRST_FD + 5),
+    )
 
 
 def _negotiate(vmm: Vmm, timeout_s: float) -> None:

@@ -25,7 +25,7 @@ from rollout.sandbox.microvm.base import Base, BaseStore, base_key, derived_base
 from rollout.sandbox.microvm.boot import InThread, boot_into
 from rollout.sandbox.microvm.identity import machine_of, require_same
 from rollout.sandbox.microvm.machine import BootFiles, MachineShape
-from rollout.sandbox.microvm.memory import Pages, map_pages
+from rollout.sandbox.microvm.memory import Pages, has_pagemap_scan, map_pages
 from rollout.sandbox.microvm.memory_file import new_memory_file
 from rollout.sandbox.microvm.pool import Demand, VmmPool
 from rollout.sandbox.microvm.probe import choose_accel, filters_itself, qemu_binary
@@ -88,6 +88,7 @@ class Stocks:
         self._in_thread = in_thread
         self._cache = cache
         self._store = ImageStore()
+        self._use_scan = has_pagemap_scan()
         self._spawner: Spawner | None = None
         self._accel: str | None = None
         self._stocks: dict[str, Stock] = {}
@@ -256,6 +257,7 @@ class Stocks:
             cache=self._cache,
             in_thread=self._in_thread,
             timeout_s=self._config.fork_timeout_s,
+            use_scan=self._use_scan,
             reuses=self._config.reuse_vmms,
         )
         source = VmmSource(ground, lambda: stock.recent, root and (root[0].source, root[1]))

@@ -37,7 +37,19 @@ from collections.abc import Sequence
 
 from rollout.sandbox.microvm.confinement import Filter, SystemCall, filter_header
 
-__all__ = ["CONTROL_FD", "FORK_FLAGS", "MAX_SCRIPT_BYTES", "STUB_FD", "packed", "stub_object"]
+__all__ = [
+    "CLONE_PARENT",
+    "CONTROL_FD",
+    "FORK_FLAGS",
+    "MAX_SCRIPT_BYTES",
+    "STUB_FD",
+    "forked",
+    "number_from",
+    "packed",
+    "stop_handler",
+    "stub_object",
+    "threads_address",
+]
 
 CONTROL_FD = 3
 STUB_FD = 4
