@@ -111,6 +111,11 @@ class Committed:
     commit: Commit
     excluded: frozenset[str]
 
+    @property
+    def is_superseded(self) -> bool:
+        """Whether no row of it counts: another writer committed all its episodes at the same moment."""
+        return len(self.excluded) == len(self.commit.episode_ids)
+
 
 class Manifest:
     """The manifest of one run, as far as it was read. Not safe to use from many threads at once.
@@ -120,7 +125,7 @@ class Manifest:
         schemas: Record form of the tables, as declared; None before that.
         schema_version: Of the version that declared them.
         spaces: `observation` and `action`, as JSON text of `rollout.trajectory.space_json`, if declared.
-        commits: In the order of the manifest.
+        commits: In the order of the manifest, also those that are superseded.
         committed: Ids of all committed episodes.
         problems: What was skipped.
     """
@@ -294,9 +299,8 @@ class Manifest:
                 files = tuple(_file_entry(**fields) for fields in record["files"])
                 commit = Commit(record["part"], files, tuple(record["episode_ids"]))
                 excluded = frozenset(self.committed.intersection(commit.episode_ids))
-                if len(excluded) < len(commit.episode_ids):
-                    self.commits.append(Committed(commit, excluded))
-                    self.committed.update(commit.episode_ids)
+                self.commits.append(Committed(commit, excluded))
+                self.committed.update(commit.episode_ids)
             case kind:
                 raise SinkError(f"a record of the unknown kind {kind!r}")
 

@@ -75,7 +75,7 @@ class OpenRun:
         run_id: Its id.
         schemas: Record form of its tables, as declared.
         spaces: Its spaces, as JSON text of `rollout.trajectory.space_json`; empty if not declared.
-        commits: In order.
+        commits: In order, without those that others supersede.
         problems: What was skipped.
     """
 
@@ -293,8 +293,10 @@ def _whole_commits(
     verify: bool,
     problems: list[Problem],
 ) -> Iterator[Committed]:
-    """The commits whose files are all there; what is wrong with the others goes to `problems`."""
+    """The commits that count and whose files are all there; what others lack goes to `problems`."""
     for committed in commits:
+        if committed.is_superseded:
+            continue
         bad = [
             problem
             for entry in committed.commit.files

@@ -157,9 +157,10 @@ def _write_part(part: str, batches: list[TrajectoryBatch], storage: Storage, man
     files: list[FileEntry] = []
     for table in TABLES:
         rows = concat_tables(batches, table, manifest.run_id, manifest.schemas[table])
-        if not rows.num_rows:
-            continue
         name = part_file(table, part)
+        if not rows.num_rows:
+            storage.delete(name)  # an interrupted roll, or one that came second, may have had some
+            continue
         data = write_parquet(rows)
         storage.put(name, data, f"part.{table}")
         files.append(FileEntry(table, name, rows.num_rows, len(data), zlib.crc32(data)))

@@ -79,7 +79,9 @@ def test_a_race_in_an_object_store_shows_an_episode_once(tmp_path: Path) -> None
     assert [(one.commit.part, set(one.excluded)) for one in manifest.commits] == [
         ("x-0", set()),
         ("y-0", {"b"}),
+        ("z-0", {"a"}),
     ]
+    assert [one.is_superseded for one in manifest.commits] == [False, False, True]
 
 
 def test_cut_anywhere_the_whole_lines_hold_and_a_writer_goes_on(tmp_path: Path) -> None:

@@ -201,26 +201,43 @@ def test_files_of_the_first_schema_version_are_read_and_added_to(open_sink: Open
 def test_an_episode_that_two_writers_committed_at_once_is_seen_once(
     open_sink: OpenSink, tmp_path: Path
 ) -> None:
-    """As in an object store, where two commits can happen without seeing each other."""
-    stores: list[fs.FileSystem] = []
-    for name, numbers in (("a", (0, 1, 2)), ("b", (2, 3))):
-        (tmp_path / name).mkdir()
-        store = fs.SubTreeFileSystem(str(tmp_path / name), fs.LocalFileSystem())
-        with open_sink("run", filesystem=store, writer_id=name) as sink:
-            sink.write_many([make_trajectory(number) for number in numbers])
-        stores.append(store)
-    fs.copy_files("run", "run", source_filesystem=stores[1], destination_filesystem=stores[0])
+    store = raced_run(open_sink, tmp_path, (0, 1, 2), (2, 3))
 
     def read(table: str, **more: Any) -> pa.Table:
-        return scan("run", table, filesystem=stores[0], **more).to_table()
+        return scan("run", table, filesystem=store, **more).to_table()
 
     assert read("episodes")["episode_id"].to_pylist() == [episode_id(n) for n in (0, 1, 2, 3)]
     assert read("steps").num_rows == steps_of(0, 1, 2, 3)
     last = read("steps", filter=pc.field("action").is_null(), columns=["observation"])
     assert last["observation"].to_pylist() == [n + length_of(n) for n in (0, 1, 2, 3)]
-    assert scan("run", filesystem=stores[0]).count_rows() == steps_of(0, 1, 2, 3)
+    assert scan("run", filesystem=store).count_rows() == steps_of(0, 1, 2, 3)
     with pytest.raises(SinkError, match="in two files"):
-        scan("run", filesystem=stores[0]).files()
+        scan("run", filesystem=store).files()
+
+
+def test_a_commit_whose_every_episode_is_in_an_earlier_one_is_no_problem(
+    open_sink: OpenSink, tmp_path: Path
+) -> None:
+    store = raced_run(open_sink, tmp_path, (0, 1, 2), (1, 2))
+    found = scan("run", "episodes", filesystem=store, verify=True)
+    assert found.problems == ()
+    assert found.to_table()["episode_id"].to_pylist() == [episode_id(n) for n in (0, 1, 2)]
+    assert found.count_rows() == 3
+    assert len(found.files()) == 1
+    assert len(store.get_file_info(fs.FileSelector("run/episodes"))) == 2
+
+
+def raced_run(open_sink: OpenSink, folder: Path, *numbers: tuple[int, ...]) -> fs.FileSystem:
+    """A run as two writers leave it who committed at once, without seeing each other, in an object store."""
+    stores: list[fs.FileSystem] = []
+    for name, of_writer in zip("ab", numbers, strict=True):
+        (folder / name).mkdir()
+        store = fs.SubTreeFileSystem(str(folder / name), fs.LocalFileSystem())
+        with open_sink("run", filesystem=store, writer_id=name) as sink:
+            sink.write_many([make_trajectory(number) for number in of_writer])
+        stores.append(store)
+    fs.copy_files("run", "run", source_filesystem=stores[1], destination_filesystem=stores[0])
+    return stores[0]
 
 
 def test_importing_the_package_imports_no_arrow() -> None:

@@ -252,6 +252,22 @@ def test_damage_inside_a_log_costs_one_record_and_keeps_the_log(open_sink: OpenS
     assert [path.name for path in (run_dir / "wal").iterdir()] == ["dead-000000.damaged"]
 
 
+def test_what_an_interrupted_roll_left_of_a_table_without_rows_goes(
+    open_sink: OpenSink, run_dir: Path
+) -> None:
+    open_sink().close()
+    encoder = TrajectoryEncoder(OBSERVATION_SPACE, ACTION_SPACE)
+    log = LogWriter(run_dir / "wal" / "dead-000000.wal", log_header(RUN_ID, encoder.schemas))
+    log.append(pack_batch(encoder.encode([make_trajectory(1)], with_nodes=False)))
+    log.close()
+    for table in TABLES:
+        (run_dir / table / "dead-000000.parquet").write_bytes(b"of a roll that had more episodes")
+    open_sink().close()
+    assert committed(run_dir) == ids(1)
+    assert scan(run_dir, "nodes", verify=True).problems == ()
+    assert not list((run_dir / "nodes").iterdir())
+
+
 def test_an_episode_that_is_in_a_log_twice_is_committed_once(open_sink: OpenSink, run_dir: Path) -> None:
     open_sink().close()
     encoder = TrajectoryEncoder(OBSERVATION_SPACE, ACTION_SPACE)
