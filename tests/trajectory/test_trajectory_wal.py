@@ -50,7 +50,9 @@ def test_cut_anywhere_the_whole_records_before_the_cut_remain(log: Path) -> None
         assert LogReader(log).header() is None
 
 
-@pytest.mark.parametrize("tail", [b"\0" * 4096, b"\xff" * 50, os.urandom(300)], ids=["zeros", "ones", "random"])
+@pytest.mark.parametrize(
+    "tail", [b"\0" * 4096, b"\xff" * 50, os.urandom(300)], ids=["zeros", "ones", "random"]
+)
 def test_garbage_at_the_end_is_a_torn_tail(log: Path, tail: bytes) -> None:
     with log.open("ab") as file:
         file.write(tail)
