@@ -141,12 +141,13 @@ def _commit(part: str, batches: Sequence[TrajectoryBatch], storage: Storage, man
     manifest.refresh()
     while True:
         fresh = [batch.without(manifest.committed) for batch in batches]
-        commit = _write_part(part, [batch for batch in fresh if batch.episode_ids], storage, manifest)
-        if not commit.episode_ids:
+        fresh = [batch for batch in fresh if batch.episode_ids]
+        if not fresh:
             if not any(committed.commit.part == part for committed in manifest.commits):
                 for table in TABLES:  # what an interrupted roll of this log may have left
                     storage.delete(part_file(table, part))
-            return commit
+            return Commit(part, (), ())
+        commit = _write_part(part, fresh, storage, manifest)
         if not manifest.commit(commit):
             return commit
 
