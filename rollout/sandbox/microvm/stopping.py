@@ -2,6 +2,10 @@
 
 Each thread gets a signal, whose handler (`rollout.sandbox.microvm.template`, label `stop`) notes where its
 stack and its thread-local storage are, and never returns. The first thread gets it last, and serves packets.
+
+Before that all threads must be at rest. Threads of forks have other ids than those that they go on for, and a
+lock that is its owner's alone knows the owner by its id: who was stopped with one in hand could neither take
+it again nor give it back.
 """
 
 from __future__ import annotations
@@ -106,6 +110,7 @@ class Stopped:
 
 
 def _stop(pid: int, address: int, control: socket.socket) -> list[SystemCall]:
+    _wait_until_at_rest(pid)
     threads = _numbers(pid)
     others = [number for number in threads if number != pid]
     counters_at = threads_address(address)
@@ -122,6 +127,33 @@ def _stop(pid: int, address: int, control: socket.socket) -> list[SystemCall]:
         raise OSError("it has begun a thread meanwhile")
     slots = _read(pid, counters_at + _COUNTERS.size, _SLOT.size * len(others))
     return [family.thread(*slot) for slot in _SLOT.iter_unpack(slots)]
+
+
+def _wait_until_at_rest(pid: int) -> None:
+    """Returns once every thread of a process sleeps, and none has run for a moment.
+
+    Raises:
+        OSError: That does not come.
+    """
+    give_up_at_s = time.monotonic() + _STOP_WITHIN_S
+    before: list[str] = []
+    while True:
+        try:
+            now = [_state(task) for task in sorted(Path(f"/proc/{pid}/task").iterdir())]
+        except FileNotFoundError:  # one has ended
+            now = []
+        if now and now == before and all("State:\tS" in state for state in now):
+            return
+        if time.monotonic() > give_up_at_s:
+            raise OSError("its threads do not come to rest")
+        before = now
+        time.sleep(_LOOK_S)
+
+
+def _state(task: Path) -> str:
+    """What a thread does, and how often it has begun to do so."""
+    lines = (task / "status").read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith(("State:", "voluntary_", "nonvoluntary_")))
 
 
 def _numbers(pid: int) -> list[int]:
