@@ -45,9 +45,13 @@ class StoppedInterpreter:
         spawner: Shows its processes `LIBRARY`, and has `interpreter_files` for programs.
         first: What it does before it waits.
         num_threads: How many it has by then.
+        is_half_started: Its forks are confined like those of a program that has begun to start.
     """
 
-    def __init__(self, spawner: Spawner, first: str, num_threads: int = 1) -> None:
+    def __init__(
+        self, spawner: Spawner, first: str, num_threads: int = 1, *, is_half_started: bool = False
+    ) -> None:
+        self._is_half_started = is_half_started
         self.family = Family(spawner, [str(PYTHON), "-ISc", WAITS.format(first=first)])
         self._unused = [os.memfd_create("unused") for _ in range(MAX_FDS)]
         os.ftruncate(self._unused[0], MEMORY_BYTES)  # a fork may not have more memory
@@ -59,7 +63,8 @@ class StoppedInterpreter:
         try:
             with theirs, ours, program:
                 given = [*self._unused, program.fileno(), theirs.fileno()]
-                self.child = self.family.start(given, uid, limits_for(given, 1 << 12))
+                limits = limits_for(given, 1 << 12)
+                self.child = self.family.start(given, uid, limits, may_signal=is_half_started)
                 files = files_of([*given, self.child.log_fd])
                 wait_for_program(self.child, num_threads)
                 pid, address = self.child.pid, self.family.address
@@ -83,7 +88,8 @@ class StoppedInterpreter:
             limits: Resource limits instead of the usual ones.
             flags: Of `clone`, instead of the usual ones.
         """
-        packet = self.stopped.fork(self._owner, {**limits_for(fds), **(limits or {})})
+        wanted = {**limits_for(fds), **(limits or {})}
+        packet = self.stopped.fork(self._owner, wanted, keeps_root=self._is_half_started)
         if flags is not None:
             packet = struct.pack("Q", flags) + packet[8:]
         ours, theirs = socket.socketpair()

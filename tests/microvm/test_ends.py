@@ -31,7 +31,7 @@ async def test_one_that_is_killed_while_it_wakes_has_no_machine_afterwards(
 ) -> None:
     await machine.hibernate()
     for stock in engine.stocks._stocks.values():
-        await stock.source.prototype()
+        await stock.source.origin()
     await engine.drain()
     num_standing = num_vmms()  # the template of VMMs, and a family without forks
     has_begun, goes_on, greet = asyncio.Event(), asyncio.Event(), Reviver.greet

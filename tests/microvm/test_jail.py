@@ -76,9 +76,11 @@ class ForkingSpawner(Spawner):
 class FamilySpawner(Spawner):
     """One whose processes are forks of an interpreter that has run."""
 
+    is_half_started = False
+
     def __init__(self, read_only: Mapping[str, Path], *, programs: Sequence[str | Path]) -> None:
         super().__init__(read_only, programs=programs)
-        self._interpreter = StoppedInterpreter(self, "pass")
+        self._interpreter = StoppedInterpreter(self, "pass", is_half_started=self.is_half_started)
 
     def spawn(
         self,
@@ -97,7 +99,18 @@ class FamilySpawner(Spawner):
         super().close()
 
 
-KINDS = {"executed": Spawner, "forked": ForkingSpawner, "family": FamilySpawner}
+class HalfStartedSpawner(FamilySpawner):
+    """One whose processes are forks of an interpreter that has yet to open what it needs."""
+
+    is_half_started = True
+
+
+KINDS = {
+    "executed": Spawner,
+    "forked": ForkingSpawner,
+    "family": FamilySpawner,
+    "half started": HalfStartedSpawner,
+}
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
@@ -214,14 +227,11 @@ def test_a_vmm_sees_only_itself_and_its_view(spawner: Spawner, memory_fd: int) -
     needed = {"dev", "empty", "etc", "lib", "lib64", "proc", "usr", LIBRARY.parts[1], PYTHON.parts[1]}
     with waiting(spawner, memory_fd) as process:
         seen = {entry.name for entry in (process / "root").iterdir()}
-        if isinstance(spawner, FamilySpawner):
+        if isinstance(spawner, FamilySpawner) and not spawner.is_half_started:
             assert not seen
         else:
             assert seen <= needed
             assert {entry.name for entry in (process / "root/dev").iterdir()} == {"null", "urandom", "zero"}
-            if os.geteuid() == 0:
-                inside = (entry.name for entry in (process / "root/proc").iterdir())
-                assert [name for name in inside if name.isdigit()] == ["1"]
         status = status_of(process)
         assert status["NSpid"].split()[-1] == "1"
         if os.geteuid() == 0:
@@ -236,6 +246,20 @@ def test_a_vmm_sees_only_itself_and_its_view(spawner: Spawner, memory_fd: int) -
         for kind in ("pid", "mnt", "ipc", "uts", "net", "cgroup"):
             own, hosts = ((each / "ns" / kind).readlink() for each in (process, Path("/proc/self")))
             assert own != hosts, f"it shares the host's {kind} namespace"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the kernel may refuse others a /proc of their own")
+def test_a_vmm_sees_no_other_process(spawner: Spawner, memory_fd: int) -> None:
+    attempt = """
+found = [name for name in os.listdir('/proc') if name.isdigit()]
+assert found == [os.readlink('/proc/self')], found
+"""
+    with waiting(spawner, memory_fd):
+        answer = in_jail(spawner, attempt, [memory_fd])
+    if isinstance(spawner, FamilySpawner) and not spawner.is_half_started:
+        assert answer["error"] == "FileNotFoundError"
+    else:
+        assert answer == {"done": True}
 
 
 def test_vmms_cannot_reach_each_other(spawner: Spawner, memory_fd: int) -> None:
@@ -319,7 +343,7 @@ def test_the_end_of_the_launcher_is_the_end_of_its_vmms(
     spawner = kind({str(LIBRARY): LIBRARY}, programs=python_files)
     child = spawner.spawn([str(PYTHON), "-ISc", "import signal; signal.pause()"], [], {})
     launcher = psutil.Process(child.pid).parent()
-    if launcher is not None and kind is FamilySpawner:
+    if launcher is not None and issubclass(kind, FamilySpawner):
         launcher = launcher.parent()  # of the family's first process
     try:
         assert launcher is not None

@@ -181,10 +181,16 @@ def descriptors(fds: Sequence[int]) -> list[SystemCall]:
     ]
 
 
-def own_proc(*, may_fail: bool = False) -> SystemCall:
-    """The processes of its own namespace instead of the launcher's."""
+def own_proc(*, may_fail: bool = False, hides_others: bool = False) -> SystemCall:
+    """The processes of its own namespace instead of the launcher's.
+
+    Args:
+        may_fail: Go on where the kernel refuses it.
+        hides_others: Each process sees only those there that it could trace.
+    """
     where = f"{VIEW_FOLDER}/proc".encode() + b"\0"
-    return SystemCall("mount /proc", _MOUNT, (b"proc\0", where, b"proc\0", _PROC_FLAGS, 0), may_fail)
+    options = b"hidepid=ptraceable\0" if hides_others else 0
+    return SystemCall("mount /proc", _MOUNT, (b"proc\0", where, b"proc\0", _PROC_FLAGS, options), may_fail)
 
 
 def own_user(uid: str, gid: str, free_fd: int = _LOWEST_FREE_FD) -> list[SystemCall]:

@@ -16,6 +16,10 @@ Each is confined as every VMM is (`rollout.sandbox.microvm.confinement`), but fo
   reach the memory of no other process of the family; the kernel allows 32 of them in each other.
 - A fork has the prototype's user, but namespaces of its own, user namespace included; its root folder is
   empty, for all that it needs is open; and it can neither fork nor execute anything.
+- Forks of a program that has only begun to start (`rollout.sandbox.microvm.half_started`) have files to open
+  yet, and keep the root folder; what its `/proc` shows of the family to a fork is itself. They may send
+  signals, as every VMM under KVM must to its own threads, and there is nobody else in their process id
+  namespaces. That program itself runs no guest.
 """
 
 from __future__ import annotations
@@ -80,7 +84,7 @@ _CLONE_PARENT = 0x8000
 _MADV_DONTFORK = 10
 _PROT_READ_WRITE, _MAP_PRIVATE, _MAP_FIXED, _MAP_NORESERVE = 3, 0x2, 0x10, 0x4000
 _DEFAULT, _IGNORED = 0, 1
-_SA_RESTORER = 0x04000000
+_SA_RESTORER, _SA_RESTART = 0x04000000, 0x10000000
 _CLONE_VM, _CLONE_FS, _CLONE_FILES, _CLONE_SIGHAND = 0x100, 0x200, 0x400, 0x800
 _CLONE_SYSVSEM, _CLONE_SETTLS, _CLONE_CHILD_CLEARTID, _CLONE_CHILD_SETTID = (
     0x40000,
@@ -114,7 +118,7 @@ def first_process(
         SystemCall("setsid", _SETSID, ()),
         *(own_user(*owner, free_fd=lowest_free_fd) if own_users else ()),
         # Who is not root is refused this where part of /proc is hidden; then the launcher's is seen.
-        own_proc(may_fail=own_users),
+        own_proc(may_fail=own_users, hides_others=True),
         _handler(signal.SIGCHLD, _IGNORED),  # so that the kernel reaps
         SystemCall("bind the view", _MOUNT, (view, view, 0, _MS_BIND | _MS_REC, 0)),
         SystemCall("chdir", _CHDIR, (view,)),
@@ -125,7 +129,12 @@ def first_process(
 
 
 def prototype(
-    fds: Sequence[int], limits: Mapping[str, int], uid: int | None, stop: tuple[int, int]
+    fds: Sequence[int],
+    limits: Mapping[str, int],
+    uid: int | None,
+    stop: tuple[int, int],
+    *,
+    may_signal: bool = False,
 ) -> list[SystemCall]:
     """What a prototype does before it goes on to its program.
 
@@ -134,9 +143,11 @@ def prototype(
         limits: Resource limits.
         uid: Its user; None to stay the owner's.
         stop: Addresses of the handler of `STOP_SIGNAL`, and of how that returns.
+        may_signal: It and its forks can send signals.
     """
+    denied = [*(number for number in DENIED if number != _CHROOT), *(() if may_signal else _SIGNALLING)]
     program = filter_of(
-        [*(number for number in DENIED if number != _CHROOT), *_SIGNALLING],
+        denied,
         clone_flags=CLONE_THREAD | _CLONE_PARENT,
         ignored_advice=_MADV_DONTFORK,
     )
@@ -160,18 +171,24 @@ def successor(owner: tuple[str, str], free_fd: int) -> list[SystemCall]:
     return [*own_user(*owner, free_fd=free_fd), *no_privileges(None)]
 
 
-def fork(owner: tuple[str, str], limits: Mapping[str, int], free_fd: int) -> list[SystemCall]:
+def fork(
+    owner: tuple[str, str], limits: Mapping[str, int], free_fd: int, *, keeps_root: bool = False
+) -> list[SystemCall]:
     """What a fork does when its descriptors are its own, and before it has its threads.
 
     Args:
         owner: User and group of the prototype.
         limits: Resource limits.
         free_fd: The lowest number that none of its descriptors has.
+        keeps_root: Its root folder stays the prototype's: it has files to open yet.
     """
-    return [
-        *own_user(*owner, free_fd=free_fd),
+    empty = [
         SystemCall("chroot", _CHROOT, (EMPTY_FOLDER.encode() + b"\0",)),
         SystemCall("chdir", _CHDIR, (b"/\0",)),
+    ]
+    return [
+        *own_user(*owner, free_fd=free_fd),
+        *([] if keeps_root else empty),
         *limited(limits),
         *no_privileges(None),
         _handler(STOP_SIGNAL, _DEFAULT),
@@ -231,6 +248,6 @@ def mapped(start: int, end: int, file: int) -> SystemCall:
 
 def _handler(number: int, handler: int, restorer: int = 0) -> SystemCall:
     """Says what a signal does: `struct sigaction` of the kernel, with all signals blocked meanwhile."""
-    flags = _SA_RESTORER if restorer else 0
+    flags = _SA_RESTORER | _SA_RESTART if restorer else 0
     action = struct.pack("QQQQ", handler, flags, restorer, 0xFFFFFFFFFFFFFFFF)
     return SystemCall("rt_sigaction", _RT_SIGACTION, (number, action, 0, 8))

@@ -105,6 +105,8 @@ class Start:
         filters_itself: The program has QEMU's own filter of system calls. Debian's small KVM build has none,
             and is left to the filter that it is started under.
         has_forks: It is to be forked (see `rollout.sandbox.microvm.prototype`), and may make processes.
+        hold_fd: Pipe that it reads before it makes its machine (see `rollout.sandbox.microvm.half_started`);
+            None where nothing holds it.
     """
 
     binary: str
@@ -121,6 +123,7 @@ class Start:
     rewind_fds: tuple[int, int] | None = None
     filters_itself: bool = True
     has_forks: bool = False
+    hold_fd: int | None = None
 
 
 def qemu_argv(shape: MachineShape, start: Start) -> list[str]:
@@ -138,6 +141,8 @@ def qemu_argv(shape: MachineShape, start: Start) -> list[str]:
         *("-add-fd", f"fd={start.state_fd},set=1"),
         *(("-sandbox", _SANDBOX.format(spawn)) if start.filters_itself else ()),
     ]
+    if start.hold_fd is not None:
+        argv += ["-object", f"secret,id=hold,file=/proc/self/fd/{start.hold_fd}"]
     argv += _devices(start)
     if start.rewind_fds is not None:
         argv += _rewinding(*start.rewind_fds)

@@ -35,8 +35,6 @@ from rollout.errors import BootError, CheckpointError
 from rollout.sandbox.microvm import family
 from rollout.sandbox.microvm.confinement import FIRST_FD
 from rollout.sandbox.microvm.descriptors import identity
-from rollout.sandbox.microvm.ends import VmmEnds
-from rollout.sandbox.microvm.rewind import Rewinder
 from rollout.sandbox.microvm.spawner import Child, Spawner
 from rollout.sandbox.microvm.stopping import Stopped
 from rollout.sandbox.microvm.template import (
@@ -59,13 +57,14 @@ _MEMORY_AT = 3
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A VMM that may become a prototype, once it has run.
+    """A VMM that others may be forked from, once it stands still.
 
     Attributes:
         vmm: It.
         family: Its family.
-        control: Our end of its socket, which it serves once it stands still.
-        given: Which files it was given: those of `VmmEnds.far_fds`, its socket, and its log.
+        control: Our end of its socket, which it serves then.
+        given: Which files it was given: those of `VmmEnds.far_fds`, what holds it if anything does, its
+            socket, and its log.
         owner: Its user and group.
         limits: Resource limits of its forks.
     """
@@ -76,6 +75,38 @@ class Candidate:
     given: tuple[tuple[int, int], ...]
     owner: tuple[str, str]
     limits: Mapping[str, int]
+
+    @property
+    def can_fork(self) -> bool:
+        """It lives, and has answered whenever it was asked."""
+        return self.control.fileno() >= 0 and not self.vmm.child.has_ended
+
+    def fork(
+        self, packet: bytes, ram_fd: int, more_fds: Sequence[int]
+    ) -> tuple[Vmm, tuple[tuple[int, int], ...]]:
+        """Makes a VMM that goes on where this one stopped.
+
+        Args:
+            packet: What it does first.
+            ram_fd: Its guest's memory, the caller's and open as long as the VMM is used.
+            more_fds: What it gets beside those of `VmmEnds.far_fds`.
+
+        Returns:
+            It, and which files it was given.
+
+        Raises:
+            BootError: This one is gone, or the kernel makes no process.
+        """
+        ends = self.vmm.new_ends()
+        fds = [*ends.far_fds(ram_fd), *more_fds]
+        try:
+            child = self.family.member(self.control, packet, fds)
+        except BaseException:
+            ends.close()
+            raise
+        given = files_of([*fds, child.log_fd])
+        ends.has_started()
+        return self.vmm.twin(child, ends, ram_fd), given
 
     def kill(self) -> None:
         """Ends it."""
@@ -115,19 +146,23 @@ class Family:
         """Where packets lie in the memory of all of its processes."""
         return self._address
 
-    def start(self, fds: Sequence[int], uid: int | None, limits: Mapping[str, int]) -> Child:
+    def start(
+        self, fds: Sequence[int], uid: int | None, limits: Mapping[str, int], *, may_signal: bool = False
+    ) -> Child:
         """Starts the program of a VMM that may become a prototype.
 
         Args:
             fds: Its descriptors from `FIRST_FD` on; the last is its socket.
             uid: Its user.
             limits: Resource limits.
+            may_signal: It and its forks can send signals.
 
         Raises:
             BootError: It could not be started.
         """
         there = range(CONTROL_FD + 1, CONTROL_FD + 2 + len(fds))
-        calls = family.prototype(there, limits, uid, stop_handler(self._address))
+        stop = stop_handler(self._address)
+        calls = family.prototype(there, limits, uid, stop, may_signal=may_signal)
         # Its child, not its sibling, of which the kernel lets the first process of a namespace have none.
         flags = FORK_FLAGS & ~CLONE_PARENT | signal.SIGCHLD
         packet = packed(calls, flags, self._address, control_fd=FIRST_FD + len(fds) - 1)
@@ -207,14 +242,9 @@ class Prototype:
             raise BootError(f"a VMM cannot be made a prototype: {error}") from error
 
     @property
-    def has_ended(self) -> bool:
-        """Somebody has killed it."""
-        return self._candidate.vmm.child.has_ended
-
-    @property
     def can_fork(self) -> bool:
         """It lives, and has answered whenever it was asked."""
-        return self._candidate.control.fileno() >= 0 and not self.has_ended
+        return self._candidate.can_fork
 
     def fork(self, ram_fd: int) -> Vmm:
         """Makes a VMM that goes on where this one stopped.
@@ -259,18 +289,8 @@ class Prototype:
     def _fork(
         self, packet: bytes, ram_fd: int, more_fds: Sequence[int]
     ) -> tuple[Vmm, tuple[tuple[int, int], ...]]:
-        mine = self._candidate
-        ends = VmmEnds.open(Rewinder(forgets_code=True))
-        fds = [*ends.far_fds(ram_fd), *more_fds]
-        try:
-            with self._lock:
-                child = mine.family.member(mine.control, packet, fds)
-        except BaseException:
-            ends.close()
-            raise
-        given = files_of([*fds, child.log_fd])
-        ends.has_started()
-        return mine.vmm.twin(child, ends, ram_fd), given
+        with self._lock:
+            return self._candidate.fork(packet, ram_fd, more_fds)
 
 
 def control_pair() -> tuple[socket.socket, socket.socket]:

@@ -1,9 +1,11 @@
-"""Where the VMMs of one base come from: forks of its prototype, or programs of their own.
+"""Where the VMMs of one base come from: forks of its origin, or programs of their own.
 
-A prototype is made with the first VMM that is asked for, beside it, and is there a tenth of a second later;
-that of a base that was derived from another begins as a fork of the other's. Where there is none (not under
-TCG, not wanted, or not possible here, which is tried a few times in a row) VMMs start as programs, and those
-that are started ahead are warmed up one by one.
+Under TCG the origin is a prototype (`rollout.sandbox.microvm.prototype`): it is made with the first VMM that
+is asked for, beside it, and is there a tenth of a second later; that of a base that was derived from another
+begins as a fork of the other's. Under KVM, whose machines cannot be forked, it is a program that has begun to
+start (`rollout.sandbox.microvm.half_started`). Where there is none (not wanted, or not possible here, which
+is tried a few times in a row) VMMs start as programs, and those that are started ahead under TCG are warmed
+up one by one.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from rollout.errors import BootError, EnvError, RolloutError
 from rollout.sandbox.client import GuestClient
 from rollout.sandbox.microvm.base import Base
 from rollout.sandbox.microvm.boot import InThread
+from rollout.sandbox.microvm.half_started import HalfStarted
 from rollout.sandbox.microvm.machine import BootFiles, MachineShape
 from rollout.sandbox.microvm.memory import Pages
 from rollout.sandbox.microvm.prototype import Candidate, Family, Prototype
 from rollout.sandbox.microvm.ready import Ready, become
 from rollout.sandbox.microvm.snapshot import RawCache, Snapshot
 from rollout.sandbox.microvm.spawner import Spawner
-from rollout.sandbox.microvm.starting import start_candidate, start_vmm
+from rollout.sandbox.microvm.starting import start_candidate, start_halfway, start_vmm
 from rollout.sandbox.microvm.vmm import Vmm
 from rollout.types import Randomness, Value
 
@@ -90,7 +93,7 @@ class VmmSource:
         self._ground = ground
         self._recent = recent
         self._root = root
-        self._prototype: Prototype | None = None
+        self._origin: Prototype | HalfStarted | None = None
         self._families: list[Family] = []
         self._making: asyncio.Task[None] | None = None
         self._num_failures = 0
@@ -102,11 +105,10 @@ class VmmSource:
         Raises:
             BootError: It could not be started.
         """
-        forked = await self._fork()
-        if forked is None:
-            self.prepare()
-            return await self.start_dormant()
-        return forked
+        if (forked := await self._fork()) is not None:
+            return forked
+        self.prepare()
+        return await self._program()
 
     async def start_ahead(self) -> Ready:
         """A VMM that is warm, where that gains something.
@@ -114,10 +116,10 @@ class VmmSource:
         Raises:
             RolloutError: It did not come up, or cannot be put back.
         """
-        await self.prototype()
+        await self.origin()
         if (forked := await self._fork()) is not None:
-            return await self._laid(forked, self._recent())
-        ready = await self.start_dormant()
+            return forked if forked.vmm.is_dormant else await self._laid(forked, self._recent())
+        ready = await self._program()
         if not self._translates:
             return ready
         try:
@@ -147,6 +149,11 @@ class VmmSource:
         Raises:
             BootError: It could not be started.
         """
+        forked = None if self._translates else await self._fork()  # one of a prototype has run
+        return forked or await self._program()
+
+    async def _program(self) -> Ready:
+        """A VMM that starts from its program's beginning."""
         ground = self._ground
 
         def work() -> Vmm:
@@ -160,20 +167,20 @@ class VmmSource:
         return Ready(await self._started(work))
 
     def prepare(self) -> None:
-        """Has the prototype made, unless it is there, is being made, or cannot be."""
-        is_possible = self._translates and self._num_failures < _MAX_FAILURES and not self._is_closed
-        if is_possible and self._prototype is None and self._making is None:
+        """Has the origin made, unless it is there, is being made, or cannot be."""
+        is_possible = self._ground.reuses and self._num_failures < _MAX_FAILURES and not self._is_closed
+        if is_possible and self._origin is None and self._making is None:
             self._making = asyncio.create_task(self._make())
 
-    async def prototype(self) -> Prototype | None:
-        """The prototype, once it is there; None if there will be none."""
+    async def origin(self) -> Prototype | HalfStarted | None:
+        """What is forked, once it is there; None if there will be none."""
         self.prepare()
         if self._making is not None:
             await asyncio.wait([self._making])
-        return self._prototype
+        return self._origin
 
     async def close(self) -> None:
-        """Ends the prototype, and all VMMs of its family if it began one. Idempotent."""
+        """Ends the origin, and all VMMs of its family if it began one. Idempotent."""
         self._is_closed = True
         if self._making is not None:
             await asyncio.wait([self._making])
@@ -186,19 +193,19 @@ class VmmSource:
         return self._ground.shape.accel == "tcg" and self._ground.reuses
 
     async def _fork(self) -> Ready | None:
-        """A fork of the prototype, if there can be one; a prototype that will make none is given up."""
-        prototype, ground = self._prototype, self._ground
-        if prototype is None:
+        """A fork of the origin, if there can be one; an origin that will make none is given up."""
+        origin, ground = self._origin, self._ground
+        if origin is None:
             return None
         try:
-            vmm = await self._started(lambda: prototype.fork(ground.base.ram_fd))
+            vmm = await self._started(lambda: origin.fork(ground.base.ram_fd))
         except BootError:
-            if self._prototype is prototype and not prototype.can_fork:
+            if self._origin is origin and not origin.can_fork:
                 self._num_failures += 1
                 self._give_up()
             return None  # the kernel may refuse it the fork, for now
         self._num_failures = 0
-        return Ready(vmm, ground.snapshot)
+        return Ready(vmm, None if vmm.is_dormant else ground.snapshot)
 
     async def _started(self, work: Callable[[], Vmm]) -> Vmm:
         """What a worker thread has started, unless its caller has gone meanwhile: then nobody has it."""
@@ -212,19 +219,37 @@ class VmmSource:
         return started[0]
 
     def _give_up(self) -> None:
-        if self._prototype is not None:
-            self._prototype.close()
-            self._prototype = None
+        if self._origin is not None:
+            self._origin.close()
+            self._origin = None
 
     async def _make(self) -> None:
         try:
-            self._prototype = await self._made()
+            self._origin = await (self._prototype() if self._translates else self._half_started())
         except (RolloutError, OSError):  # VMMs are only dearer without one
             self._num_failures += 1
         finally:
             self._making = None
 
-    async def _made(self) -> Prototype:
+    async def _half_started(self) -> HalfStarted:
+        """A program that is started, and held."""
+        ground = self._ground
+        half_started, family = await ground.in_thread(
+            lambda: start_halfway(
+                *(ground.spawner, ground.shape, ground.files, ground.base.ram_fd),
+                use_scan=ground.use_scan,
+                timeout_s=ground.timeout_s,
+            )
+        )
+        self._families.append(family)
+        try:
+            await ground.in_thread(lambda: half_started.fork(ground.base.ram_fd).kill())  # that one lives
+        except BaseException:
+            half_started.close()
+            raise
+        return half_started
+
+    async def _prototype(self) -> Prototype:
         """Lets a VMM do what clones do first, puts it back, and stops it for ever."""
         ground = self._ground
         candidate = await (self._first() if self._root is None else self._of_root(*self._root))
@@ -265,8 +290,8 @@ class VmmSource:
         A fork can go on in another file only if that holds what its memory does. So there is one in between,
         which becomes, on the root's base, what the other base holds.
         """
-        prototype, ground = await root.prototype(), root._ground
-        if prototype is None:
+        prototype, ground = await root.origin(), root._ground
+        if not isinstance(prototype, Prototype):
             raise BootError("the base that this one was derived from has no prototype")
 
         def work() -> Candidate:

@@ -1,7 +1,8 @@
-"""Starts VMMs: one that boots, one that waits to become a checkpoint, one that may become a prototype."""
+"""Starts VMMs: one that boots, one that waits to become a checkpoint, one that others are forked from."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from rollout.errors import BootError
 from rollout.sandbox.microvm.confinement import FIRST_FD
 from rollout.sandbox.microvm.ends import VmmEnds
+from rollout.sandbox.microvm.half_started import HalfStarted, pipe
 from rollout.sandbox.microvm.machine import BootFiles, MachineShape, Start, qemu_argv
 from rollout.sandbox.microvm.prototype import Candidate, Family, control_pair, files_of
 from rollout.sandbox.microvm.rewind import Rewinder
@@ -18,8 +20,10 @@ from rollout.sandbox.microvm.spawner import MAX_THREADS, Spawner, limits_for
 from rollout.sandbox.microvm.tsc import measure_tsc_khz
 from rollout.sandbox.microvm.vmm import Vmm
 
-__all__ = ["max_threads_of_fork", "start_candidate", "start_vmm"]
+__all__ = ["max_threads_of_fork", "start_candidate", "start_halfway", "start_vmm"]
 
+_NUM_ENDS = 6
+"""Descriptors of `VmmEnds.far_fds` of one that waits."""
 _LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
 _MAX_FAMILY_THREADS = 1 << 15
 """Of all forks of a prototype: the kernel counts them for its user, too."""
@@ -67,7 +71,7 @@ def start_vmm(
         raise
     ends.has_started()
     vmm = Vmm(child, ends, ram_fd, shape.memory_bytes, use_scan=use_scan, is_dormant=not make_base)
-    _negotiate(vmm, timeout_s)
+    vmm.negotiate(timeout_s)
     return vmm
 
 
@@ -85,32 +89,74 @@ def start_candidate(
     Raises:
         BootError: It did not come up in time, or families cannot be made here.
     """
-    family = Family(spawner, qemu_argv(shape, replace(_waiting(files), has_forks=True)))
-    control, theirs = control_pair()
-    ends = VmmEnds.open(Rewinder(forgets_code=True))
-    uid = spawner.new_uid()
-    user, group = (os.geteuid(), os.getegid()) if uid is None else (uid, uid)
+    candidate = _begin(spawner, shape, files, ram_fd, use_scan=use_scan)
     try:
-        with theirs:
-            fds = [*ends.far_fds(ram_fd), theirs.fileno()]
-            limits = {**limits_for(fds, max_threads_of_fork(platform.release())), **_LIMITS}
-            child = family.start(fds, uid, {**limits_for(fds, _MAX_FAMILY_THREADS), **_LIMITS})
-            given = files_of([*fds, child.log_fd])
-    except BaseException:
-        ends.close()
-        control.close()
-        family.end()
-        raise
-    ends.has_started()
-    vmm = Vmm(child, ends, ram_fd, shape.memory_bytes, use_scan=use_scan, is_dormant=True)
-    candidate = Candidate(vmm, family, control, given, (str(user), str(group)), limits)
-    try:
-        _negotiate(vmm, timeout_s)
+        candidate.vmm.negotiate(timeout_s)
     except BootError:
         candidate.kill()
-        family.end()
+        candidate.family.end()
         raise
     return candidate
+
+
+def start_halfway(
+    spawner: Spawner,
+    shape: MachineShape,
+    files: BootFiles,
+    ram_fd: int,
+    *,
+    use_scan: bool,
+    timeout_s: float,
+) -> tuple[HalfStarted, Family]:
+    """Starts a family, and in it a program that is held before it makes its machine.
+
+    Raises:
+        BootError: It does not come so far in time, or families cannot be made here.
+    """
+    theirs, hold = pipe()
+    with hold:
+        theirs.close()  # it opens one of its own, by which we know that it is there
+        candidate = _begin(spawner, shape, files, ram_fd, use_scan=use_scan, hold_fd=hold.fileno())
+        try:
+            return HalfStarted(candidate, hold, timeout_s), candidate.family
+        except BootError:
+            candidate.family.end()
+            raise
+
+
+def _begin(
+    spawner: Spawner,
+    shape: MachineShape,
+    files: BootFiles,
+    ram_fd: int,
+    *,
+    use_scan: bool,
+    hold_fd: int | None = None,
+) -> Candidate:
+    """Starts a family, and in it a VMM that waits, held by a pipe if one is given."""
+    more_fds = [] if hold_fd is None else [hold_fd]
+    start = replace(_waiting(files), has_forks=True)
+    if hold_fd is not None:
+        start = replace(start, hold_fd=FIRST_FD + _NUM_ENDS)
+    family = Family(spawner, qemu_argv(shape, start))
+    with contextlib.ExitStack() as undo:
+        undo.callback(family.end)
+        control, theirs = control_pair()
+        undo.callback(control.close)
+        ends = VmmEnds.open(Rewinder(forgets_code=shape.accel == "tcg"))
+        undo.callback(ends.close)
+        uid = spawner.new_uid()
+        user, group = (os.geteuid(), os.getegid()) if uid is None else (uid, uid)
+        with theirs:
+            fds = [*ends.far_fds(ram_fd), *more_fds, theirs.fileno()]
+            limits = {**limits_for(fds, max_threads_of_fork(platform.release())), **_LIMITS}
+            own_limits = {**limits_for(fds, _MAX_FAMILY_THREADS), **_LIMITS}
+            child = family.start(fds, uid, own_limits, may_signal=hold_fd is not None)
+            given = files_of([*fds, child.log_fd])
+        undo.pop_all()
+    ends.has_started()
+    vmm = Vmm(child, ends, ram_fd, shape.memory_bytes, use_scan=use_scan, is_dormant=True)
+    return Candidate(vmm, family, control, given, (str(user), str(group)), limits)
 
 
 def _waiting(files: BootFiles) -> Start:
@@ -126,14 +172,6 @@ def _waiting(files: BootFiles) -> Start:
         filters_itself=files.filters_itself,
         rewind_fds=(FIRST_FD + 4, FIRST_FD + 5),
     )
-
-
-def _negotiate(vmm: Vmm, timeout_s: float) -> None:
-    try:
-        vmm.negotiate(timeout_s)
-    except BootError:
-        vmm.kill()
-        raise
 
 
 def max_threads_of_fork(release: str) -> int:

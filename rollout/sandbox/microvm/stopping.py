@@ -67,18 +67,20 @@ class Stopped:
         """
         return cls(address, tuple(_stop(pid, address, control)), tuple(opened(pid)), given)
 
-    def fork(self, owner: tuple[str, str], limits: Mapping[str, int]) -> bytes:
+    def fork(self, owner: tuple[str, str], limits: Mapping[str, int], *, keeps_root: bool = False) -> bytes:
         """The packet for a fork that goes on, confined for good; its descriptors are all but the socket.
 
         Args:
             owner: User and group of the process.
             limits: Resource limits of the fork.
+            keeps_root: It has files to open yet: see `family.fork`.
 
         Raises:
             OSError: Something is open that cannot be shared.
         """
         change = exchange(self.there, self.given, len(self.given) - 2)
-        calls = [*change.calls, *change.afterwards, *family.fork(owner, limits, change.free_fd)]
+        confined = family.fork(owner, limits, change.free_fd, keeps_root=keeps_root)
+        calls = [*change.calls, *change.afterwards, *confined]
         return packed(
             [*calls, *self.threads],
             family.FORK_NAMESPACES | FORK_FLAGS,

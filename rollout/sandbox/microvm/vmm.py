@@ -23,6 +23,7 @@ from rollout.sandbox.microvm.ends import VmmEnds
 from rollout.sandbox.microvm.machine import STATE_SET
 from rollout.sandbox.microvm.memory import GuestMemory, PageNumbers, Pages, RawState, room_for
 from rollout.sandbox.microvm.qmp import QmpClient, QmpError
+from rollout.sandbox.microvm.rewind import Rewinder
 from rollout.sandbox.microvm.spawner import Child
 
 __all__ = ["Vmm"]
@@ -83,23 +84,34 @@ class Vmm:
         """Begins to speak with the monitor of a program that has just been started.
 
         Raises:
-            BootError: It did not come up in time; its own last words are in the message.
+            BootError: It did not come up in time, and is ended; its own last words are in the message.
         """
         try:
             self._qmp.negotiate(timeout_s)
         except QmpError as error:
             words = self.child.log()
+            self.kill()
             raise BootError(f"the VMM did not start: {error}; it said: {words}", retryable=True) from error
+
+    def new_ends(self) -> VmmEnds:
+        """What a fork of this one's process and we are to share.
+
+        Raises:
+            OSError: There are no descriptors left.
+        """
+        assert self._rewinder is not None, "the VM that makes a base is never forked"
+        return VmmEnds.open(Rewinder(forgets_code=self._rewinder.forgets_code))
 
     def twin(self, child: Child, ends: VmmEnds, ram_fd: int) -> Vmm:
         """The VMM that a fork of this one's process is; see `rollout.sandbox.microvm.prototype`.
 
         Args:
             child: The process.
-            ends: What it and we share; the twin's from now on.
+            ends: Those of `new_ends`; the twin's from now on.
             ram_fd: Its guest's memory.
         """
-        return Vmm(child, ends, ram_fd, self._size_bytes, use_scan=self._use_scan, is_dormant=False)
+        size_bytes, is_dormant = self._size_bytes, self.is_dormant
+        return Vmm(child, ends, ram_fd, size_bytes, use_scan=self._use_scan, is_dormant=is_dormant)
 
     @property
     def is_closed(self) -> bool:
