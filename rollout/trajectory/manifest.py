@@ -156,8 +156,8 @@ class Manifest:
         self._read_journal()
         for name in self._storage.files(_SEGMENTS):
             if name not in self._seen_segments and name.endswith(".jsonl"):
-                self._seen_segments.add(name)
                 self._take_lines(self._storage.read(name), name)
+                self._seen_segments.add(name)
 
     def make_durable(self) -> None:
         """Puts what was read on disk: another writer may have died between writing a line and its sync.

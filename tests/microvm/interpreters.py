@@ -64,7 +64,7 @@ class StoppedInterpreter:
             with theirs, ours, program:
                 given = [*self._unused, program.fileno(), theirs.fileno()]
                 limits = limits_for(given, 1 << 12)
-                self.child = self.family.start(given, uid, limits, may_signal=is_half_started)
+                self.child = self.family.start(given, uid, limits, signals_threads=is_half_started)
                 files = files_of([*given, self.child.log_fd])
                 wait_for_program(self.child, num_threads)
                 pid, address = self.child.pid, self.family.address

@@ -44,7 +44,7 @@ async def test_one_that_is_killed_while_it_wakes_has_no_machine_afterwards(
 
     monkeypatch.setattr(Reviver, "greet", slowly)
     waking = asyncio.create_task(machine.wake())
-    await has_begun.wait()
+    await asyncio.wait_for(has_begun.wait(), DEADLINE_S)
     killing = asyncio.create_task(machine.kill())
     await asyncio.sleep(0)
     goes_on.set()

@@ -7,7 +7,8 @@ import os
 import resource
 import statistics
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,21 @@ def own_descriptors() -> set[int]:
     return found
 
 
+def wait_for(holds: Callable[[], bool]) -> None:
+    give_up_at_s = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < give_up_at_s
+        time.sleep(0.01)
+
+
+def wait_until_alone(half_started: HalfStarted) -> None:
+    """Returns once no fork of a program lives, known to us or not."""
+    held = psutil.Process(half_started._candidate.vmm.pid)
+    family = held.parent()
+    assert family is not None
+    wait_for(lambda: family.children() == [held])
+
+
 def private_kib(pid: int) -> int:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
@@ -141,12 +157,37 @@ def test_where_descriptors_run_out_nothing_stays_open(half_started: HalfStarted,
     try:
         for num_free in range(num_needed):
             resource.setrlimit(resource.RLIMIT_NOFILE, (free[num_free], limits[1]))
-            with pytest.raises((OSError, BootError), match="Too many open files"):
+            with pytest.raises(BootError, match="Too many open files"):
                 half_started.fork(ram_fd)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert own_descriptors() == before
     half_started.fork(ram_fd).kill()
+    wait_until_alone(half_started)
+
+
+def test_a_fork_that_ends_before_it_greets_is_told_and_makes_its_origin_useless(
+    half_started: HalfStarted, ram_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = own_descriptors()
+    monkeypatch.setattr("rollout.sandbox.microvm.half_started._GO_ON", b"!")
+    with pytest.raises(BootError, match=r"the VMM did not start: .* it said: .*Base64"):
+        half_started.fork(ram_fd)
+    assert not half_started.can_fork
+    assert own_descriptors() < before
+
+
+def test_a_fork_that_comes_late_ends(half_started: HalfStarted, ram_fd: int) -> None:
+    held = psutil.Process(half_started._candidate.vmm.pid)
+    family = held.parent()
+    assert family is not None
+    half_started._candidate.control.settimeout(0.3)
+    held.suspend()
+    with pytest.raises(BootError, match="cannot be forked: timed out"):
+        half_started.fork(ram_fd)
+    held.resume()
+    assert not half_started.can_fork
+    wait_for(lambda: not family.children())  # it has no socket any more, and ends too
 
 
 def test_what_ends_on_its_way_says_why(spawner: Spawner, ram_fd: int) -> None:

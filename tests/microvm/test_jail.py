@@ -7,6 +7,7 @@ must succeed; so that no attempt fails for a reason of its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -93,6 +94,10 @@ class FamilySpawner(Spawner):
         if argv[0] != str(PYTHON):
             return super().spawn(argv, fds, limits, from_template=from_template)
         return self._interpreter.fork(argv[-1], fds, limits)
+
+    @property
+    def prototype(self) -> Child:
+        return self._interpreter.child
 
     def close(self) -> None:
         self._interpreter.close()
@@ -280,6 +285,31 @@ def test_vmms_cannot_reach_each_other(spawner: Spawner, memory_fd: int) -> None:
     finally:
         victim.kill()
         victim.close()
+
+
+def test_vmms_cannot_reach_each_other_as_a_group(spawner: Spawner, memory_fd: int) -> None:
+    """Process groups reach over process id namespaces, and whoever is forked is in one with others."""
+    attempts = """
+def number_of(call, *arguments):
+    return ctypes.get_errno() if libc.syscall(call, *arguments) < 0 else 0
+found = [number_of(141, 1, 0, 19), number_of(251, 2, 0, (3 << 13) | 7)]  # setpriority, ioprio_set
+os.write(2, json.dumps(found).encode())
+os.kill(0, signal.SIGKILL)
+"""
+    with waiting(spawner, memory_fd) as victim:
+        attacker = spawner.spawn(
+            [str(PYTHON), "-ISc", f"{PRELUDE}\nimport json\n{attempts}"], [memory_fd], {}
+        )
+        try:
+            assert select.select([attacker.pidfd], [], [], DEADLINE_S)[0]
+            refused = json.JSONDecoder().raw_decode(os.pread(attacker.log_fd, 1 << 16, 0).decode())[0]
+        finally:
+            attacker.close()
+        assert refused == [errno.EPERM] * 2
+        time.sleep(0.05)  # the time in which a signal would end it
+        assert status_of(victim)["State"].startswith("S")
+    if isinstance(spawner, FamilySpawner):
+        assert select.select([spawner.prototype.pidfd], [], [], 0)[0] == [], "nor what all are forked from"
 
 
 def test_no_two_vmms_share_a_user(spawner: Spawner, memory_fd: int) -> None:

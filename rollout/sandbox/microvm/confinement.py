@@ -8,8 +8,9 @@ this order, and goes on as the VMM:
 - `VIEW_FOLDER` is its root: read-only, and all that there is.
 - Limits on its address space, threads, file size and descriptors; no core dumps.
 - No group, no capability, no way to gain privileges.
-- A system call filter: no new process, socket, tracing, mount, namespace, key, or io_uring, and no limits of
-  another process. QEMU's own `-sandbox`, which also ends its ability to execute programs, comes on top.
+- A system call filter: no new process, socket, tracing, mount, namespace, key, or io_uring, and no limits or
+  priority of another process. QEMU's own `-sandbox`, which also ends its ability to execute programs, comes
+  on top.
 
 Who carries them out: the launcher's own child, which then executes the VMM's program, or a template that has
 executed it already (`rollout.sandbox.microvm.template`).
@@ -80,6 +81,7 @@ DENIED = (
     *(155, 161, 165, 166, 272, 308),  # pivot_root, chroot, mount, umount2, unshare, setns
     *(428, 429, 430, 431, 432, 433, 442),  # open_tree, move_mount, fsopen and its like, mount_setattr
     *(175, 176, 246, 313, 320),  # kernel modules, kexec
+    *(141, 251),  # setpriority, ioprio_set: of a process group, which VMMs may share
     *(248, 249, 250, 298, 321, 323),  # keys, perf_event_open, bpf, userfaultfd
     *(303, 304, 434, 438, 440),  # file handles, pidfd_open, pidfd_getfd, process_madvise
     *(425, 426, 427),  # io_uring, whose requests no filter sees

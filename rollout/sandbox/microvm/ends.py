@@ -7,6 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 
+from rollout.errors import BootError
 from rollout.sandbox.microvm.rewind import Rewinder
 
 __all__ = ["VmmEnds"]
@@ -31,21 +32,28 @@ class VmmEnds:
     rewinder: Rewinder | None
 
     @classmethod
-    def open(cls, rewinder: Rewinder | None) -> VmmEnds:
-        """Makes them; the rewinder is theirs from now on.
+    def open(cls, *, forgets_code: bool | None) -> VmmEnds:
+        """Makes them.
+
+        Args:
+            forgets_code: That of the `Rewinder`; None for the VM that makes a base.
 
         Raises:
-            OSError: There are no descriptors left; then nothing stays open.
+            BootError: There are no descriptors left; then nothing stays open.
         """
-        with contextlib.ExitStack() as undo:
-            if rewinder is not None:
-                undo.callback(rewinder.close)
-            qmp, their_qmp = map(undo.enter_context, socket.socketpair())
-            channel, their_channel = map(undo.enter_context, socket.socketpair())
-            read_fd = os.memfd_create("vmm-state", os.MFD_CLOEXEC)
-            undo.callback(os.close, read_fd)
-            write_fd = os.open(f"/proc/self/fd/{read_fd}", os.O_WRONLY | os.O_CLOEXEC)
-            undo.pop_all()
+        try:
+            with contextlib.ExitStack() as undo:
+                rewinder = None if forgets_code is None else Rewinder(forgets_code=forgets_code)
+                if rewinder is not None:
+                    undo.callback(rewinder.close)
+                qmp, their_qmp = map(undo.enter_context, socket.socketpair())
+                channel, their_channel = map(undo.enter_context, socket.socketpair())
+                read_fd = os.memfd_create("vmm-state", os.MFD_CLOEXEC)
+                undo.callback(os.close, read_fd)
+                write_fd = os.open(f"/proc/self/fd/{read_fd}", os.O_WRONLY | os.O_CLOEXEC)
+                undo.pop_all()
+        except OSError as error:
+            raise BootError(f"a VMM cannot be started: {error}", retryable=True) from error
         return cls(qmp, channel, (their_qmp, their_channel), (read_fd, write_fd), rewinder)
 
     def far_fds(self, ram_fd: int) -> list[int]:

@@ -1,9 +1,9 @@
 """What the processes of a family of VMMs do before they are what they are. Pure, standard library only.
 
-A family is a *prototype*, a VMM that has run for a moment and then stands still for ever, and its forks (see
-`rollout.sandbox.microvm.prototype`). They are children of the family's *first process*, which does nothing
-but start the prototype, and ends when its socket is closed: it is the first of a process id namespace, so the
-kernel ends all others with it.
+A family is a VMM that has run, or started, for a moment and then stands still for ever, and its forks (see
+`rollout.sandbox.microvm.prototype` and `half_started`). It is called their prototype here. They are children
+of the family's *first process*, which does nothing but start the prototype, and ends when its socket is
+closed: it is the first of a process id namespace, so the kernel ends all others with it.
 
 Each is confined as every VMM is (`rollout.sandbox.microvm.confinement`), but for this:
 
@@ -16,10 +16,11 @@ Each is confined as every VMM is (`rollout.sandbox.microvm.confinement`), but fo
   reach the memory of no other process of the family; the kernel allows 32 of them in each other.
 - A fork has the prototype's user, but namespaces of its own, user namespace included; its root folder is
   empty, for all that it needs is open; and it can neither fork nor execute anything.
-- Forks of a program that has only begun to start (`rollout.sandbox.microvm.half_started`) have files to open
-  yet, and keep the root folder; what its `/proc` shows of the family to a fork is itself. They may send
-  signals, as every VMM under KVM must to its own threads, and there is nobody else in their process id
-  namespaces. That program itself runs no guest.
+- Forks of a program that has only begun to start have files to open yet, and keep the root folder. Its
+  `/proc` shows a fork itself alone, unless the owner is not root and the kernel refuses him a new one: then
+  it shows that there are others. They may send a signal to a thread by its number, as every VMM under KVM
+  must to its own, and no other has a number in their process id namespaces; but to no process group, which
+  all of a family share. That program itself runs no guest.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ _CLOSE, _MMAP, _RT_SIGACTION, _DUP2, _CLONE, _CHDIR, _SETSID = 3, 9, 13, 33, 56,
 _PIVOT_ROOT, _CHROOT, _MOUNT, _UMOUNT2, _EVENTFD2, _DUP3, _CLOSE_RANGE = 155, 161, 165, 166, 290, 292, 436
 _EXECVE, _EXECVEAT = 59, 322
 _FCNTL, _F_SETFL = 72, 4
-_SIGNALLING = (62, 129, 200, 234, 297, 424)
-"""kill, rt_sigqueueinfo, tkill, tgkill, rt_tgsigqueueinfo, pidfd_send_signal."""
+_SIGNALLING = (62, 129, 200, 297, 424)
+"""kill, rt_sigqueueinfo, tkill, rt_tgsigqueueinfo, pidfd_send_signal."""
+_TGKILL = 234
 _ALL = 0xFFFFFFFF
 _MS_BIND, _MS_REC, _MNT_DETACH = 4096, 16384, 2
 _CLONE_PARENT = 0x8000
@@ -134,7 +136,7 @@ def prototype(
     uid: int | None,
     stop: tuple[int, int],
     *,
-    may_signal: bool = False,
+    signals_threads: bool = False,
 ) -> list[SystemCall]:
     """What a prototype does before it goes on to its program.
 
@@ -143,9 +145,11 @@ def prototype(
         limits: Resource limits.
         uid: Its user; None to stay the owner's.
         stop: Addresses of the handler of `STOP_SIGNAL`, and of how that returns.
-        may_signal: It and its forks can send signals.
+        signals_threads: It and its forks can send signals to their own threads.
     """
-    denied = [*(number for number in DENIED if number != _CHROOT), *(() if may_signal else _SIGNALLING)]
+    denied = [*(number for number in DENIED if number != _CHROOT), *_SIGNALLING]
+    if not signals_threads:
+        denied.append(_TGKILL)
     program = filter_of(
         denied,
         clone_flags=CLONE_THREAD | _CLONE_PARENT,

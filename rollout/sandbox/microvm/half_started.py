@@ -7,10 +7,10 @@ share what it has laid out, and go on to make a machine each.
 
 What holds it is one of QEMU's own objects, which is read from a file: a pipe in which nothing comes. The
 program is given the writing end, and opens that by its path, for reading. So we know when it is there: a pipe
-tells whether it has a reader. Each fork has a pipe of its own, and we write into that.
+tells whether it has a reader. Each fork has a pipe of its own, and goes on with what we write into that, or
+ends: one that comes late, or whose descriptors we have no room for, is nobody's.
 
-Forks keep the root folder that every VMM has, because they have files to open yet; in its `/proc` they see
-only themselves.
+Forks keep the root folder that every VMM has, because they have files to open yet.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from rollout.sandbox.microvm.vmm import Vmm
 __all__ = ["HalfStarted", "pipe"]
 
 _LOOK_S = 0.0005
-_WORD = b"go on"
-"""What the object then holds; nobody uses it."""
+_GO_ON, _END = b"Z28gb24=", b"!"
+"""What the object is made of: base64, and what cannot be, of which QEMU ends."""
 
 
 class HalfStarted:
@@ -55,7 +55,7 @@ class HalfStarted:
             _wait_for_reader(hold, vmm.child, timeout_s)
             stopped = Stopped.of(vmm.pid, family.address, candidate.control, candidate.given)
             self._packet = stopped.fork(candidate.owner, candidate.limits, keeps_root=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             candidate.kill()
             raise BootError(f"a VMM cannot be held while it starts: {error}") from error
 
@@ -71,14 +71,23 @@ class HalfStarted:
             ram_fd: The guest's memory, the caller's and open as long as the VMM is used.
 
         Raises:
-            BootError: The program is gone, the kernel makes no process, or the VMM does not come up in time.
+            BootError: The program is gone, the kernel makes no process, or the VMM does not come up in time:
+                then this object makes no more.
         """
         theirs, ours = pipe()
         with theirs, ours:
-            with self._lock:
-                vmm, _ = self._candidate.fork(self._packet, ram_fd, [theirs.fileno()])
-            ours.write(_WORD)
-        vmm.negotiate(self._timeout_s)
+            word = _END
+            try:
+                with self._lock:
+                    vmm, _ = self._candidate.fork(self._packet, ram_fd, [theirs.fileno()])
+                word = _GO_ON
+            finally:
+                ours.write(word)
+        try:
+            vmm.negotiate(self._timeout_s)
+        except BootError:
+            self.close()
+            raise
         return vmm
 
     def close(self) -> None:
@@ -87,8 +96,15 @@ class HalfStarted:
 
 
 def pipe() -> tuple[BinaryIO, BinaryIO]:
-    """The reading and the writing end of a new one."""
-    reading_fd, writing_fd = os.pipe()
+    """The reading and the writing end of a new one.
+
+    Raises:
+        BootError: There are no descriptors left.
+    """
+    try:
+        reading_fd, writing_fd = os.pipe()
+    except OSError as error:
+        raise BootError(f"a VMM cannot be started: {error}", retryable=True) from error
     os.fchmod(writing_fd, 0o644)  # a VMM's user is another one
     return os.fdopen(reading_fd, "rb", 0), os.fdopen(writing_fd, "wb", 0)
 

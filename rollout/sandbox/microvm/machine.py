@@ -104,7 +104,7 @@ class Start:
             VM that makes a base.
         filters_itself: The program has QEMU's own filter of system calls. Debian's small KVM build has none,
             and is left to the filter that it is started under.
-        has_forks: It is to be forked (see `rollout.sandbox.microvm.prototype`), and may make processes.
+        has_forks: It is to be forked (see `rollout.sandbox.microvm.family`), and may make processes.
         hold_fd: Pipe that it reads before it makes its machine (see `rollout.sandbox.microvm.half_started`);
             None where nothing holds it.
     """
@@ -142,7 +142,7 @@ def qemu_argv(shape: MachineShape, start: Start) -> list[str]:
         *(("-sandbox", _SANDBOX.format(spawn)) if start.filters_itself else ()),
     ]
     if start.hold_fd is not None:
-        argv += ["-object", f"secret,id=hold,file=/proc/self/fd/{start.hold_fd}"]
+        argv += ["-object", f"secret,id=hold,format=base64,file=/proc/self/fd/{start.hold_fd}"]
     argv += _devices(start)
     if start.rewind_fds is not None:
         argv += _rewinding(*start.rewind_fds)

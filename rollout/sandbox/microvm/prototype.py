@@ -35,7 +35,7 @@ from rollout.errors import BootError, CheckpointError
 from rollout.sandbox.microvm import family
 from rollout.sandbox.microvm.confinement import FIRST_FD
 from rollout.sandbox.microvm.descriptors import identity
-from rollout.sandbox.microvm.spawner import Child, Spawner
+from rollout.sandbox.microvm.spawner import Child, Spawner, new_log
 from rollout.sandbox.microvm.stopping import Stopped
 from rollout.sandbox.microvm.template import (
     CLONE_PARENT,
@@ -147,7 +147,7 @@ class Family:
         return self._address
 
     def start(
-        self, fds: Sequence[int], uid: int | None, limits: Mapping[str, int], *, may_signal: bool = False
+        self, fds: Sequence[int], uid: int | None, limits: Mapping[str, int], *, signals_threads: bool = False
     ) -> Child:
         """Starts the program of a VMM that may become a prototype.
 
@@ -155,14 +155,14 @@ class Family:
             fds: Its descriptors from `FIRST_FD` on; the last is its socket.
             uid: Its user.
             limits: Resource limits.
-            may_signal: It and its forks can send signals.
+            signals_threads: It and its forks can send signals to their own threads.
 
         Raises:
             BootError: It could not be started.
         """
         there = range(CONTROL_FD + 1, CONTROL_FD + 2 + len(fds))
         stop = stop_handler(self._address)
-        calls = family.prototype(there, limits, uid, stop, may_signal=may_signal)
+        calls = family.prototype(there, limits, uid, stop, signals_threads=signals_threads)
         # Its child, not its sibling, of which the kernel lets the first process of a namespace have none.
         flags = FORK_FLAGS & ~CLONE_PARENT | signal.SIGCHLD
         packet = packed(calls, flags, self._address, control_fd=FIRST_FD + len(fds) - 1)
@@ -180,7 +180,7 @@ class Family:
         Raises:
             BootError: There is no new process.
         """
-        log_fd = os.memfd_create("vmm-log", os.MFD_CLOEXEC)
+        log_fd = new_log()
         try:
             try:
                 pid = forked(control, packet, [*fds, log_fd])

@@ -150,7 +150,7 @@ class VmmSource:
             BootError: It could not be started.
         """
         forked = None if self._translates else await self._fork()  # one of a prototype has run
-        return forked or await self._program()
+        return forked if forked is not None else await self._program()
 
     async def _program(self) -> Ready:
         """A VMM that starts from its program's beginning."""
@@ -246,6 +246,7 @@ class VmmSource:
             await ground.in_thread(lambda: half_started.fork(ground.base.ram_fd).kill())  # that one lives
         except BaseException:
             half_started.close()
+            self._end_family(family)
             raise
         return half_started
 
@@ -253,23 +254,26 @@ class VmmSource:
         """Lets a VMM do what clones do first, puts it back, and stops it for ever."""
         ground = self._ground
         candidate = await (self._first() if self._root is None else self._of_root(*self._root))
-        try:
-            await self._run(candidate.vmm, ground.snapshot, _REHEARSAL)
-            await ground.in_thread(lambda: _put_back(candidate.vmm, ground, ground.snapshot))
-        except BaseException:
-            candidate.kill()
-            raise
 
         def work() -> Prototype:
+            _put_back(candidate.vmm, ground, ground.snapshot)
             prototype = Prototype(candidate)
-            try:
-                _try_out(prototype, ground)
-            except BaseException:
-                prototype.close()
-                raise
+            _try_out(prototype, ground)
             return prototype
 
-        return await ground.in_thread(work)
+        try:
+            await self._run(candidate.vmm, ground.snapshot, _REHEARSAL)
+            return await ground.in_thread(work)
+        except BaseException:
+            candidate.kill()
+            self._end_family(candidate.family)
+            raise
+
+    def _end_family(self, family: Family) -> None:
+        """Ends a family in which there is nobody, if this object began it."""
+        if family in self._families:
+            self._families.remove(family)
+            family.end()
 
     async def _first(self) -> Candidate:
         """A VMM that is started, in a family of its own."""

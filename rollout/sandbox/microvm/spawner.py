@@ -30,7 +30,7 @@ from rollout.sandbox.microvm.confinement import VIEW_FOLDER
 from rollout.sandbox.microvm.family import EMPTY_FOLDER
 from rollout.sandbox.microvm.launcher import MAX_PACKET_BYTES
 
-__all__ = ["MAX_THREADS", "Child", "Spawner", "limits_for"]
+__all__ = ["MAX_THREADS", "Child", "Spawner", "limits_for", "new_log"]
 
 _REPLY_TIMEOUT_S = 30.0
 _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
@@ -194,7 +194,7 @@ class Spawner:
             return _FIRST_UID + self._num_uids % _NUM_UIDS if self._is_root else None
 
     def _started(self, wanted: dict[str, Any], fds: Sequence[int]) -> tuple[Child, dict[str, Any]]:
-        log_fd = os.memfd_create("vmm-log", os.MFD_CLOEXEC)
+        log_fd = new_log()
         with self._lock:
             self._num_spawned += 1
             number = self._num_spawned
@@ -251,6 +251,18 @@ class Spawner:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
+
+
+def new_log() -> int:
+    """A memory file for a process's standard error.
+
+    Raises:
+        BootError: There are no descriptors left.
+    """
+    try:
+        return os.memfd_create("vmm-log", os.MFD_CLOEXEC)
+    except OSError as error:
+        raise BootError(f"a VMM cannot be started: {error}", retryable=True) from error
 
 
 def pid_of(pidfd: int) -> int:

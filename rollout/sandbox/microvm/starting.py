@@ -15,7 +15,6 @@ from rollout.sandbox.microvm.ends import VmmEnds
 from rollout.sandbox.microvm.half_started import HalfStarted, pipe
 from rollout.sandbox.microvm.machine import BootFiles, MachineShape, Start, qemu_argv
 from rollout.sandbox.microvm.prototype import Candidate, Family, control_pair, files_of
-from rollout.sandbox.microvm.rewind import Rewinder
 from rollout.sandbox.microvm.spawner import MAX_THREADS, Spawner, limits_for
 from rollout.sandbox.microvm.tsc import measure_tsc_khz
 from rollout.sandbox.microvm.vmm import Vmm
@@ -26,7 +25,7 @@ _NUM_ENDS = 6
 """Descriptors of `VmmEnds.far_fds` of one that waits."""
 _LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
 _MAX_FAMILY_THREADS = 1 << 15
-"""Of all forks of a prototype: the kernel counts them for its user, too."""
+"""Of all forks of one VMM: the kernel counts them for its user, too."""
 _COUNTS_BY_NAMESPACE = (5, 14)
 """From this Linux on, threads are also counted for each user namespace by itself."""
 
@@ -51,7 +50,7 @@ def start_vmm(
         BootError: It did not come up in time; its own last words are in the message.
     """
     boots = make_base and files.kernel is not None
-    ends = VmmEnds.open(rewinder=None if make_base else Rewinder(forgets_code=shape.accel == "tcg"))
+    ends = VmmEnds.open(forgets_code=None if make_base else shape.accel == "tcg")
     start = _waiting(files)
     if make_base:
         start = replace(
@@ -119,7 +118,7 @@ def start_halfway(
         candidate = _begin(spawner, shape, files, ram_fd, use_scan=use_scan, hold_fd=hold.fileno())
         try:
             return HalfStarted(candidate, hold, timeout_s), candidate.family
-        except BootError:
+        except BaseException:
             candidate.family.end()
             raise
 
@@ -143,7 +142,7 @@ def _begin(
         undo.callback(family.end)
         control, theirs = control_pair()
         undo.callback(control.close)
-        ends = VmmEnds.open(Rewinder(forgets_code=shape.accel == "tcg"))
+        ends = VmmEnds.open(forgets_code=shape.accel == "tcg")
         undo.callback(ends.close)
         uid = spawner.new_uid()
         user, group = (os.geteuid(), os.getegid()) if uid is None else (uid, uid)
@@ -151,7 +150,7 @@ def _begin(
             fds = [*ends.far_fds(ram_fd), *more_fds, theirs.fileno()]
             limits = {**limits_for(fds, max_threads_of_fork(platform.release())), **_LIMITS}
             own_limits = {**limits_for(fds, _MAX_FAMILY_THREADS), **_LIMITS}
-            child = family.start(fds, uid, own_limits, may_signal=hold_fd is not None)
+            child = family.start(fds, uid, own_limits, signals_threads=hold_fd is not None)
             given = files_of([*fds, child.log_fd])
         undo.pop_all()
     ends.has_started()
@@ -175,7 +174,7 @@ def _waiting(files: BootFiles) -> Start:
 
 
 def max_threads_of_fork(release: str) -> int:
-    """Most threads of a fork of a prototype, on a kernel of that name; before 5.14 those of all its forks."""
+    """Most threads of a fork of a VMM, on a kernel of that name; before 5.14 those of all its forks."""
     found = re.match(r"(\d+)\.(\d+)", release)
     is_by_namespace = found is not None and (int(found[1]), int(found[2])) >= _COUNTS_BY_NAMESPACE
     return MAX_THREADS if is_by_namespace else _MAX_FAMILY_THREADS

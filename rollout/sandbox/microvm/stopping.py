@@ -3,9 +3,9 @@
 Each thread gets a signal, whose handler (`rollout.sandbox.microvm.template`, label `stop`) notes where its
 stack and its thread-local storage are, and never returns. The first thread gets it last, and serves packets.
 
-Before that all threads must be at rest. Threads of forks have other ids than those that they go on for, and a
-lock that is its owner's alone knows the owner by its id: who was stopped with one in hand could neither take
-it again nor give it back.
+Before that all threads are at rest, as far as can be seen from outside: each slept, and none ran in between.
+Threads of forks have other ids than those that they go on for, and a lock that is its owner's alone knows the
+owner by its id: who was stopped with one in hand could neither take it again nor give it back.
 """
 
 from __future__ import annotations
@@ -142,8 +142,10 @@ def _wait_until_at_rest(pid: int) -> None:
     while True:
         try:
             now = [_state(task) for task in sorted(Path(f"/proc/{pid}/task").iterdir())]
-        except FileNotFoundError:  # one has ended
+        except (FileNotFoundError, ProcessLookupError):  # one has ended, or all have
             now = []
+        if not now and not Path(f"/proc/{pid}").exists():
+            raise OSError("it has ended")
         if now and now == before and all("State:\tS" in state for state in now):
             return
         if time.monotonic() > give_up_at_s:

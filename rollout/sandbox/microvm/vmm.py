@@ -23,7 +23,6 @@ from rollout.sandbox.microvm.ends import VmmEnds
 from rollout.sandbox.microvm.machine import STATE_SET
 from rollout.sandbox.microvm.memory import GuestMemory, PageNumbers, Pages, RawState, room_for
 from rollout.sandbox.microvm.qmp import QmpClient, QmpError
-from rollout.sandbox.microvm.rewind import Rewinder
 from rollout.sandbox.microvm.spawner import Child
 
 __all__ = ["Vmm"]
@@ -40,7 +39,7 @@ _MAX_REWINDS = 1000
 
 
 class Vmm:
-    """A QEMU process. It comes from `start_vmm` or from a prototype; end it with `kill`.
+    """A QEMU process. It comes from `start_vmm` or is a fork (`Candidate.fork`); end it with `kill`.
 
     Args:
         child: The process.
@@ -97,13 +96,13 @@ class Vmm:
         """What a fork of this one's process and we are to share.
 
         Raises:
-            OSError: There are no descriptors left.
+            BootError: There are no descriptors left.
         """
         assert self._rewinder is not None, "the VM that makes a base is never forked"
-        return VmmEnds.open(Rewinder(forgets_code=self._rewinder.forgets_code))
+        return VmmEnds.open(forgets_code=self._rewinder.forgets_code)
 
     def twin(self, child: Child, ends: VmmEnds, ram_fd: int) -> Vmm:
-        """The VMM that a fork of this one's process is; see `rollout.sandbox.microvm.prototype`.
+        """The VMM that a fork of this one's process is; it has run if this one has.
 
         Args:
             child: The process.
