@@ -86,7 +86,8 @@ class HalfStarted:
         try:
             vmm.negotiate(self._timeout_s)
         except BootError:
-            self.close()
+            with self._lock:  # another thread may be at its socket
+                self.close()
             raise
         return vmm
 
