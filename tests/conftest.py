@@ -41,8 +41,8 @@ class _Snapshot:
     files: frozenset[str]
 
 
-# How long an example takes says more about what else this machine does than about the code. What is tried stays
-# the same, so that a verdict is of the code, too: `--hypothesis-profile=explore` tries others each time.
+# How long an example takes says more about what else this machine does than about the code. What is tried
+# stays the same, so that a verdict is of the code, too: `--hypothesis-profile=explore` tries others.
 settings.register_profile("explore", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("same", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("same")
