@@ -21,7 +21,7 @@ import json, sys
 import nbformat
 from nbclient import NotebookClient
 notebook = nbformat.read(sys.argv[1], 4)
-NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+NotebookClient(notebook, timeout=120, kernel_name="python3", coalesce_streams=True).execute()
 print(json.dumps(notebook.cells))
 """
 
