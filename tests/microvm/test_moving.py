@@ -183,7 +183,7 @@ async def test_a_move_that_is_cancelled_leaves_one(
         if options.get("kind") == "sandboxes" or not leaves:
             monkeypatch.undo()
             moving[0].get_loop().call_soon_threadsafe(moving[0].cancel)
-            time.sleep(0.2)  # the step is in its thread when the cancellation comes
+            time.sleep(0.5)  # the step is in its thread when the cancellation comes
 
     monkeypatch.setattr(Depot, name, cancelled)
     move = move_out(engine, machine, str(tmp_path)) if leaves else move_in(engine, str(tmp_path), machine.id)

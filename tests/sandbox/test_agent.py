@@ -447,7 +447,7 @@ def test_a_port_that_changes_hosts_is_served_on_and_half_a_frame_is_forgotten(tm
             os.write(write_fd, unfinished)
             os.close(write_fd)
             os.close(read_fd)
-            time.sleep(0.1)  # the agent must see the end before the next host comes
+            time.sleep(0.5)  # the agent must see the end before the next host comes
     finally:
         _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
