@@ -56,7 +56,7 @@ class StoppedInterpreter:
         self._unused = [os.memfd_create("unused") for _ in range(MAX_FDS)]
         os.ftruncate(self._unused[0], MEMORY_BYTES)  # a fork may not have more memory
         self._control, theirs = control_pair()
-        uid = spawner.new_uid()
+        uid = spawner.new_uid(is_family=True)
         owner = (os.geteuid(), os.getegid()) if uid is None else (uid, uid)
         self._owner = str(owner[0]), str(owner[1])
         ours, program = socket.socketpair()

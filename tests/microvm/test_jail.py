@@ -322,6 +322,21 @@ def test_no_two_vmms_share_a_user(spawner: Spawner, memory_fd: int) -> None:
             assert not {"0"} & {uid for _, uid in users}
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has users to give")
+def test_no_engine_gives_a_vmm_the_user_of_anothers_family(python_files: list[Path]) -> None:
+    """The kernel counts a user's threads together: those of a large family would leave the VMM none."""
+    spawners = [Spawner({str(LIBRARY): LIBRARY}, programs=python_files) for _ in range(2)]
+    try:
+        vmms, families = (
+            [{each.new_uid(is_family=is_family) for _ in range(50)} for each in spawners]
+            for is_family in (False, True)
+        )
+    finally:
+        for each in spawners:
+            each.close()
+    assert max(uid or 0 for uids in vmms for uid in uids) < min(uid or 0 for uids in families for uid in uids)
+
+
 def test_threads_are_limited(spawner: Spawner, memory_fd: int) -> None:
     attempt = (
         "import threading\nstop = threading.Event()\ncount = 0\n"

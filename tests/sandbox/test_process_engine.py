@@ -193,7 +193,8 @@ async def test_a_running_command_is_refused_and_a_finished_one_is_not():
             pass
         with pytest.raises(CheckpointError, match="commands are running"):
             await sandbox.checkpoint()
-        await sandbox.exec(["pkill", "sleep"])
+        while (await sandbox.exec(["pkill", "sleep"])).exit_code != 0:
+            pass  # the shell has yet to start it
         assert (await running).exit_code == -15 or (await running).exit_code == 143
         await sandbox.checkpoint()
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import secrets
 import select
 import shutil
 import signal
@@ -36,7 +37,8 @@ _REPLY_TIMEOUT_S = 30.0
 _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
 _FIRST_UID = 0x70000000
 """VMMs started by root get user ids from here up: above what distributions and user namespaces hand out."""
-_NUM_UIDS = 1 << 20
+_NUM_UIDS = 1 << 19
+"""Of single VMMs, and as many of families."""
 _CAPABILITIES = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT")
 """The launcher's, to make namespaces and to give up what it has; a VMM has none."""
 _VMM_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
@@ -115,7 +117,7 @@ class Spawner:
             raise BootError("the microvm engine needs bubblewrap; install with: apt-get install bubblewrap")
         self._lock = threading.Lock()
         self._num_spawned = 0
-        self._num_uids = -1
+        self._num_uids = secrets.randbelow(_NUM_UIDS)  # other engines on this machine begin elsewhere
         self._is_root = os.geteuid() == 0
         files = _files_of(programs)  # refused before anything is made
         self._nodes: tempfile.TemporaryDirectory[str] | None = None
@@ -187,11 +189,21 @@ class Spawner:
         child, reply = self._started(wanted, [control.fileno()])
         return child, reply["address"]
 
-    def new_uid(self) -> int | None:
-        """A user id that no living VMM has; None where only the owner's can be had."""
+    def new_uid(self, *, is_family: bool = False) -> int | None:
+        """A user id that no living VMM of this engine has, and most probably none of another.
+
+        Args:
+            is_family: It is for a family, which has many threads: the kernel counts those of a user together,
+                so it is never one that another engine gives to a single VMM.
+
+        Returns:
+            The id; None where only the owner's can be had.
+        """
+        if not self._is_root:
+            return None
         with self._lock:
             self._num_uids += 1
-            return _FIRST_UID + self._num_uids % _NUM_UIDS if self._is_root else None
+            return _FIRST_UID + is_family * _NUM_UIDS + self._num_uids % _NUM_UIDS
 
     def _started(self, wanted: dict[str, Any], fds: Sequence[int]) -> tuple[Child, dict[str, Any]]:
         log_fd = new_log()

@@ -144,7 +144,7 @@ def _begin(
         undo.callback(control.close)
         ends = VmmEnds.open(forgets_code=shape.accel == "tcg")
         undo.callback(ends.close)
-        uid = spawner.new_uid()
+        uid = spawner.new_uid(is_family=True)
         user, group = (os.geteuid(), os.getegid()) if uid is None else (uid, uid)
         with theirs:
             fds = [*ends.far_fds(ram_fd), *more_fds, theirs.fileno()]
