@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from machines import check_without_descriptors, own_descriptors, private_kib, source_for
 
 from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError
@@ -73,16 +71,6 @@ def start(
     return start_halfway(spawner, SHAPE, files, ram_fd, use_scan=has_pagemap_scan(), timeout_s=timeout_s)
 
 
-def own_descriptors() -> set[int]:
-    """Numbers of what this process has open."""
-    found: set[int] = set()
-    for number in range(1024):
-        with contextlib.suppress(OSError):
-            os.fstat(number)
-            found.add(number)
-    return found
-
-
 def wait_for(holds: Callable[[], bool]) -> None:
     give_up_at_s = time.monotonic() + DEADLINE_S
     while not holds():
@@ -96,11 +84,6 @@ def wait_until_alone(half_started: HalfStarted) -> None:
     family = held.parent()
     assert family is not None
     wait_for(lambda: family.children() == [held])
-
-
-def private_kib(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
 
 
 def test_each_fork_has_a_monitor_and_memory_of_its_own(half_started: HalfStarted, ram_fd: int) -> None:
@@ -151,17 +134,7 @@ def test_forks_live_on_without_it_and_it_says_that_it_is_gone(half_started: Half
 
 
 def test_where_descriptors_run_out_nothing_stays_open(half_started: HalfStarted, ram_fd: int) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    before, num_needed = own_descriptors(), 13
-    free = [number for number in range(1024) if number not in before]
-    try:
-        for num_free in range(num_needed):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (free[num_free], limits[1]))
-            with pytest.raises(BootError, match="Too many open files"):
-                half_started.fork(ram_fd)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert own_descriptors() == before
+    check_without_descriptors(lambda: half_started.fork(ram_fd), 13)
     half_started.fork(ram_fd).kill()
     wait_until_alone(half_started)
 
@@ -327,7 +300,3 @@ class TestMachines:
             assert await clone.call("ping") is None
             assert await source_for(engine).origin() is None
         assert not counted
-
-
-def source_for(engine: MicroVMEngine, place: int = 0) -> VmmSource:
-    return list(engine.stocks._stocks.values())[place].source

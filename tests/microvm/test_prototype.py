@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import resource
 import select
 import shutil
 import socket
@@ -19,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from interpreters import DEADLINE_S, LIBRARY, MEMORY_BYTES, PYTHON, StoppedInterpreter, interpreter_files
+from machines import check_without_descriptors, source_for
 
 from rollout.config import EngineConfig, ImageConfig
 from rollout.errors import BootError, GuestError
@@ -436,10 +435,6 @@ async def prototype_of(source_of_vmms: VmmSource) -> Prototype:
     return prototype
 
 
-def source_for(engine: MicroVMEngine, place: int = 0) -> VmmSource:
-    return list(engine.stocks._stocks.values())[place].source
-
-
 def pid_of(prototype: Prototype) -> int:
     return prototype._candidate.vmm.pid
 
@@ -449,16 +444,6 @@ async def end(process: psutil.Process) -> None:
     process.kill()
     _, alive = await asyncio.to_thread(psutil.wait_procs, [process], DEADLINE_S)
     assert not alive
-
-
-def own_descriptors() -> set[int]:
-    """Numbers of what this process has open."""
-    found: set[int] = set()
-    for number in range(1024):
-        with contextlib.suppress(OSError):
-            os.fstat(number)
-            found.add(number)
-    return found
 
 
 @pytest.fixture
@@ -673,17 +658,7 @@ class TestMachines:
         prototype = await prototype_of(vmms)
         await engine.drain()
         ram_fd = vmms._ground.base.ram_fd
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        before, num_needed = own_descriptors(), 11
-        free = [number for number in range(1024) if number not in before]
-        try:
-            for num_free in range(num_needed):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (free[num_free], limits[1]))
-                with pytest.raises(BootError, match="Too many open files"):
-                    prototype.fork(ram_fd)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert own_descriptors() == before
+        check_without_descriptors(lambda: prototype.fork(ram_fd), 11)
 
     async def test_no_base_is_derived_while_the_engine_is_being_closed(
         self, lake: MicroVMSandbox, engine: MicroVMEngine, monkeypatch: pytest.MonkeyPatch

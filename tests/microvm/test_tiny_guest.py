@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
+from machines import private_kib
 
 from rollout.config import ImageConfig
 from rollout.sandbox.engines import what_is_missing
@@ -126,8 +126,3 @@ def test_a_hundred_clones_of_one_running_machine(guests: TinyGuests) -> None:
     finally:
         for vmm in (source, *clones):
             vmm.kill()
-
-
-def private_kib(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))

@@ -11,7 +11,8 @@ Each is confined as every VMM is (`rollout.sandbox.microvm.confinement`), but fo
   `chroot`, and forks need one of their own.
 - A prototype may fork, and has no limit on threads of its own, because those of its forks count as its own.
   Its filter answers a request to keep memory from forks (`MADV_DONTFORK`, which QEMU makes for the guest's
-  memory) with success, and nothing happens. It and its forks can send no signals: all have one user.
+  memory) with success, and nothing happens. It and its forks can send no signals, but for the last point
+  below: all have one user.
 - A prototype that is a fork of another's has a user namespace of its own, so that what its base holds can
   reach the memory of no other process of the family; the kernel allows 32 of them in each other.
 - A fork has the prototype's user, but namespaces of its own, user namespace included; its root folder is

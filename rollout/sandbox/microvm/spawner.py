@@ -203,7 +203,8 @@ class Spawner:
             return None
         with self._lock:
             self._num_uids += 1
-            return _FIRST_UID + is_family * _NUM_UIDS + self._num_uids % _NUM_UIDS
+            first = _FIRST_UID + _NUM_UIDS if is_family else _FIRST_UID
+            return first + self._num_uids % _NUM_UIDS
 
     def _started(self, wanted: dict[str, Any], fds: Sequence[int]) -> tuple[Child, dict[str, Any]]:
         log_fd = new_log()
